@@ -1,0 +1,53 @@
+# make help: what there is. Needs Python 3.11 or newer and make; everything else is installed into a virtual
+# environment, .venv unless one is active.
+
+PYTHON ?= python3
+VENV := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),.venv)
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PYTEST_WORKERS ?= auto
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types layers check bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "pgqueue needs Python 3.11 or newer; name one with: make PYTHON=python3.12 …" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.pgqueue: pyproject.toml | $(BIN)/python
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.pgqueue-test: pyproject.toml | $(BIN)/python
+	$(PIP) -e '.[test]'
+	@touch $@
+
+$(VENV)/.pgqueue-lint: pyproject.toml $(VENV)/.pgqueue-test | $(BIN)/python
+	$(PIP) -e '.[test,lint]'
+	@touch $@
+
+demo: $(VENV)/.pgqueue ## run the main job on SQLite: index the standard library, kill a worker, check every result
+	$(BIN)/pgqueue demo $(ARGS)
+
+test: $(VENV)/.pgqueue-test ## run the tests, on a real PostgreSQL and on SQLite; e.g. make test ARGS='--pg all'
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --maxprocesses 4 $(ARGS)
+
+lint: $(VENV)/.pgqueue-lint ## check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.pgqueue-lint ## check types
+	$(BIN)/mypy
+
+layers: $(VENV)/.pgqueue-lint ## check that imports point downwards only
+	$(BIN)/lint-imports
+
+check: lint types layers test ## all of the above
+
+clean: ## remove what was made here
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

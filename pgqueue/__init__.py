@@ -1,0 +1,85 @@
+"""pgqueue: a job queue in the database that holds the application's rows.
+
+The path of a job through the modules:
+
+1. `client`: `task.enqueue(session, …)` checks the payload against the task's signature (`task`) and stores the job
+   in the caller's transaction (`transaction`, `store`). After the commit `notifier` wakes a worker.
+2. `worker`: the claimer claims due jobs in batches (`store.claim`) into the buffers of `slots`, and commits.
+3. `executor` runs the task's function and says how the attempt ended: an outcome.
+4. `retry.decide` turns outcome and policy into a transition: what is to be written.
+5. `worker`: the finisher writes transitions in batches, fenced by the claim token (`store.finish`).
+6. Meanwhile the heartbeat extends leases, and the sweep takes back the jobs of dead workers.
+
+`schema` has the tables, `dialect` every difference between PostgreSQL and SQLite, `migration` runs Alembic, `cli`
+is the command line. Imports point downwards only; see `[tool.importlinter]` in pyproject.toml.
+"""
+
+# The queue and its tasks
+from pgqueue.client import EnqueueOptions, PgQueue, Task
+from pgqueue.config import WorkerConfig
+
+# Errors
+from pgqueue.errors import (
+    Cancel,
+    ClaimLost,
+    ConfigurationError,
+    DatabaseUnreachable,
+    Discard,
+    DuplicateJob,
+    IllegalTransition,
+    InvalidPayload,
+    InvalidTask,
+    JobNotFound,
+    NotAwaited,
+    PgqueueError,
+    SchemaMissing,
+    SchemaOutdated,
+    Snooze,
+    TaskNotFound,
+    WrongSession,
+)
+
+# Inside a task
+from pgqueue.executor import current_job
+
+# Jobs
+from pgqueue.job import ClaimedJob, EnqueueResult, Job, JobStatus, OnConflict
+from pgqueue.retry import Retry
+from pgqueue.version import VERSION as __version__
+
+# Working
+from pgqueue.worker import Worker, WorkerReport
+
+__all__ = [
+    "Cancel",
+    "ClaimLost",
+    "ClaimedJob",
+    "ConfigurationError",
+    "DatabaseUnreachable",
+    "Discard",
+    "DuplicateJob",
+    "EnqueueOptions",
+    "EnqueueResult",
+    "IllegalTransition",
+    "InvalidPayload",
+    "InvalidTask",
+    "Job",
+    "JobNotFound",
+    "JobStatus",
+    "NotAwaited",
+    "OnConflict",
+    "PgQueue",
+    "PgqueueError",
+    "Retry",
+    "SchemaMissing",
+    "SchemaOutdated",
+    "Snooze",
+    "Task",
+    "TaskNotFound",
+    "Worker",
+    "WorkerConfig",
+    "WorkerReport",
+    "WrongSession",
+    "__version__",
+    "current_job",
+]

@@ -1,0 +1,864 @@
+"""PgQueue: what an application holds. It registers tasks, enqueues jobs in the application's own transaction, and
+gives low-level access to claims."""
+
+from __future__ import annotations
+
+import functools
+import getpass
+import json
+import threading
+import uuid
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Any, Generic, ParamSpec, TypeVar, overload
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.orm import Session, object_session
+
+from pgqueue import store
+from pgqueue.config import DEFAULT_QUEUE, DEFAULT_SCHEMA, checked_lease, checked_schema, url_from_environment
+from pgqueue.dialect import POSTGRESQL, checked_dialect, now, seconds_from_now
+from pgqueue.engine import errors_explained, make_async_engine, make_engine, parse_url
+from pgqueue.errors import ClaimLost, ConfigurationError, InvalidPayload, TaskNotFound, WrongSession
+from pgqueue.executor import MESSAGE_CHARACTERS_MAX, clean, describe
+from pgqueue.job import (
+    ClaimedJob,
+    Completed,
+    Discarded,
+    EnqueueResult,
+    ErrorInfo,
+    EventType,
+    Failed,
+    Job,
+    JobStatus,
+    NewJob,
+    OnConflict,
+    Outcome,
+    Released,
+)
+from pgqueue.notifier import WakeSender
+from pgqueue.retry import Retry, as_seconds, decide
+from pgqueue.schema import KEY_CHARACTERS_MAX, Tables, tables_for
+from pgqueue.task import TaskDefinition, checked_name, checked_priority, encode_json
+from pgqueue.transaction import (
+    AsyncTransaction,
+    MustAwait,
+    SyncTransaction,
+    checked_async,
+    open_transaction,
+    run_in_transaction,
+    wake_after_commit,
+)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+#: The class, inside of PgQueue, where `Job` is the mapped one.
+_Job = Job
+
+#: How many expired claims a low-level `claim` takes from dead workers before it looks for due jobs.
+SWEEP_BEFORE_CLAIM = 100
+
+#: The policy behind a `nack` with an error: what a task without settings of its own has.
+_DEFAULT_RETRY = Retry()
+
+
+class PgQueue:
+    """A job queue in a database.
+
+    Made from a URL, an Engine or an AsyncEngine; without one, the URL is taken from PGQUEUE_DATABASE_URL or
+    DATABASE_URL when it is first needed. `schema` names the PostgreSQL schema with the tables (on SQLite: the
+    prefix of their names). Making one connects to nothing.
+    """
+
+    def __init__(
+        self, database: str | sa.URL | sa.Engine | AsyncEngine | None = None, *, schema: str = DEFAULT_SCHEMA
+    ) -> None:
+        self.schema = checked_schema(schema)
+        self.tasks: dict[str, Task[..., Any]] = {}
+        self._lock = threading.RLock()
+        self._engine: sa.Engine | None = None
+        self._async_engine: AsyncEngine | None = None
+        self._url: sa.URL | None = None
+        self._wake_sender = WakeSender(lambda: self.engine, self.schema)
+        if database is not None:
+            self.connect_to(database)
+
+    def __repr__(self) -> str:
+        return f"PgQueue(schema={self.schema!r}, tasks={sorted(self.tasks)!r})"
+
+    # Connections
+
+    def connect_to(self, database: str | sa.URL | sa.Engine | AsyncEngine) -> None:
+        """Use this database from now on; the command line's `--database-url` ends up here."""
+        engine: sa.Engine | None = None
+        async_engine: AsyncEngine | None = None
+        if isinstance(database, sa.Engine):
+            checked_dialect(database.dialect.name)
+            engine, url = database, database.url
+        elif isinstance(database, AsyncEngine):
+            checked_dialect(database.dialect.name)
+            async_engine, url = database, parse_url(database.url)
+        elif isinstance(database, str | sa.URL):
+            url = parse_url(database)
+        else:
+            raise ConfigurationError(f"a database is a URL, an Engine or an AsyncEngine, got {type(database).__name__}")
+        with self._lock:
+            self._engine, self._async_engine, self._url = engine, async_engine, url
+
+    @property
+    def url(self) -> sa.URL:
+        """The database's URL. ConfigurationError when there is none."""
+        with self._lock:
+            if self._url is None:
+                found = url_from_environment()
+                if found is None:
+                    raise ConfigurationError(
+                        "no database: pass a URL to PgQueue(…), or set PGQUEUE_DATABASE_URL or DATABASE_URL"
+                    )
+                self._url = parse_url(found)
+            return self._url
+
+    @property
+    def engine(self) -> sa.Engine:
+        """The engine of pgqueue's own connections; made when first used, unless one was given."""
+        with self._lock:
+            if self._engine is None:
+                self._engine = make_engine(self.url)
+            return self._engine
+
+    @property
+    def async_engine(self) -> AsyncEngine:
+        with self._lock:
+            if self._async_engine is None:
+                self._async_engine = make_async_engine(parse_url(self.url))
+            return self._async_engine
+
+    @property
+    def tables(self) -> Tables:
+        """The tables as this database has them, for queries of your own."""
+        return tables_for(self.url.get_backend_name(), self.schema)
+
+    @property
+    def Job(self) -> type[Job]:
+        """`Job`, mapped to this database's table: for `select(pgq.Job)` in your own sessions."""
+        job_class = self.tables.job_class
+        _watch_inserts(job_class)  # type: ignore[arg-type]  # a class is hashable
+        return job_class
+
+    def dispose(self) -> None:
+        """Close the pooled connections of pgqueue's own engine. It connects again when used again."""
+        with self._lock:
+            if self._engine is not None:
+                self._engine.dispose()
+
+    @contextmanager
+    def begin(self) -> Iterator[sa.Connection]:
+        """A transaction of pgqueue's own, with database errors explained."""
+        with errors_explained(self.url), self.engine.begin() as connection:
+            yield connection
+
+    async def _run_async(self, work: Callable[[sa.Connection], T]) -> T:
+        with errors_explained(self.url):
+            async with self.async_engine.begin() as connection:
+                return await connection.run_sync(work)
+
+    # Tasks
+
+    @overload
+    def task(self, function: Callable[P, R], /) -> Task[P, R]: ...
+
+    @overload
+    def task(
+        self,
+        *,
+        name: str | None = None,
+        queue: str = DEFAULT_QUEUE,
+        priority: int = 0,
+        retry: Retry | None = None,
+        timeout: float | timedelta | None = None,
+        transactional: bool = False,
+    ) -> Callable[[Callable[P, R]], Task[P, R]]: ...
+
+    def task(self, *function: Any, **options: Any) -> Any:
+        """Register a function, `def` or `async def`, as a task.
+
+        name: what rows and logs call it; the function's own name unless given. Renaming a task leaves its
+        pending jobs waiting for the old name.
+        queue, priority: where its jobs go, unless `using(…)` says otherwise.
+        retry: what happens after a failed attempt; a `Retry`.
+        timeout: seconds an attempt of an `async def` task may take.
+        transactional: the function's first parameter is a Session (an AsyncSession for `async def`). What it
+        writes, the jobs it enqueues there and its own completion commit together, once, or not at all.
+        """
+        if function:
+            return self._register(*function)
+        return functools.partial(self._register, **options)
+
+    def _register(
+        self,
+        function: Callable[..., Any],
+        *,
+        name: str | None = None,
+        retry: Retry | None = None,
+        timeout: float | timedelta | None = None,
+        **options: Any,
+    ) -> Task[..., Any]:
+        definition = TaskDefinition(
+            name=name if name is not None else getattr(function, "__name__", ""),
+            function=function,
+            retry=retry if retry is not None else Retry(),
+            timeout=None if timeout is None else as_seconds(timeout),
+            **options,
+        )
+        known = self.tasks.get(definition.name)
+        if known is not None and not _same_function(known.definition.function, function):
+            raise ConfigurationError(
+                f"there is already a task named {definition.name!r} "
+                f"({known.definition.function.__module__}.{known.definition.function.__qualname__}); give one of "
+                "them another name with @pgq.task(name=…)"
+            )
+        task: Task[..., Any] = Task(self, definition)
+        self.tasks[definition.name] = task
+        return task
+
+    def external_task(
+        self, name: str, *, queue: str = DEFAULT_QUEUE, priority: int = 0, max_retries: int = 3
+    ) -> Task[..., Any]:
+        """Register a task that is worked on elsewhere: by consumers that use `claim`, `ack` and `nack`.
+
+        Its payload may hold anything JSON can carry. Workers do not claim it.
+        """
+
+        def external(**payload: Any) -> None:
+            raise RuntimeError(f"task {name!r} is external: it has no function to run here")
+
+        task = self._register(external, name=name, queue=queue, priority=priority, retry=Retry(max_retries=max_retries))
+        task.external = True
+        return task
+
+    def get_task(self, name: str) -> Task[..., Any]:
+        """The task of that name. Raises TaskNotFound, naming those there are."""
+        try:
+            return self.tasks[name]
+        except KeyError:
+            known = ", ".join(sorted(self.tasks)) or "none"
+            raise TaskNotFound(f"no task named {name!r} is registered; registered tasks: {known}") from None
+
+    def enqueue(
+        self, session: SyncTransaction, task: str, payload: Mapping[str, Any], /, **options: Any
+    ) -> EnqueueResult:
+        """Enqueue by name: `task.using(**options).enqueue(session, **payload)`. Raises TaskNotFound."""
+        found = self.get_task(task)
+        _require_mapping(payload, task)
+        return found.using(**options).enqueue(session, **payload)
+
+    # Claims, for consumers that are not tasks
+
+    def claim(
+        self, worker: str, *, queue: str = DEFAULT_QUEUE, limit: int = 1, lease: float = 30.0
+    ) -> list[ClaimedJob]:
+        """Claim up to `limit` due jobs of a queue for `lease` seconds; an empty list when there are none.
+
+        First takes back claims that have expired, so that what a dead consumer held is among the result.
+        """
+        with self.begin() as connection:
+            return self._claim(connection, worker, queue, limit, lease)
+
+    async def claim_async(
+        self, worker: str, *, queue: str = DEFAULT_QUEUE, limit: int = 1, lease: float = 30.0
+    ) -> list[ClaimedJob]:
+        return await self._run_async(lambda connection: self._claim(connection, worker, queue, limit, lease))
+
+    def _claim(self, connection: sa.Connection, worker: str, queue: str, limit: int, lease: float) -> list[ClaimedJob]:
+        checked_name("queue", queue)
+        if not isinstance(worker, str) or not worker:
+            raise ConfigurationError(f"worker must be a name that is not empty, got {worker!r}")
+        if limit < 1:
+            raise ConfigurationError(f"limit must be at least 1, got {limit!r}")
+        store.sweep(connection, self.tables, limit=SWEEP_BEFORE_CLAIM, actor=worker)
+        return store.claim(
+            connection,
+            self.tables,
+            queue=queue,
+            worker=worker,
+            token=uuid.uuid4(),
+            limit=limit,
+            lease=checked_lease(lease),
+        )
+
+    def ack(
+        self,
+        jobs: ClaimedJob | Iterable[ClaimedJob],
+        *,
+        result: Any = None,
+        session: SyncTransaction | None = None,
+    ) -> None:
+        """The jobs are done: completed, with `result` (anything JSON can carry) stored in each.
+
+        Commits by itself, or with `session` in your transaction: then your rows and the completion commit
+        together. Raises ClaimLost when a claim was lost, naming the jobs; the others are completed all the same,
+        unless you roll your session back.
+        """
+        result_json = None if result is None else encode_json(result, "result")
+        self._finish(jobs, lambda job: Completed(result_json), session)
+
+    async def ack_async(
+        self,
+        jobs: ClaimedJob | Iterable[ClaimedJob],
+        *,
+        result: Any = None,
+        session: AsyncTransaction | None = None,
+    ) -> None:
+        result_json = None if result is None else encode_json(result, "result")
+        await self._finish_async(jobs, lambda job: Completed(result_json), session)
+
+    def nack(
+        self,
+        jobs: ClaimedJob | Iterable[ClaimedJob],
+        *,
+        delay: float | timedelta | None = None,
+        error: str | BaseException | None = None,
+        dead: bool = False,
+        session: SyncTransaction | None = None,
+    ) -> None:
+        """Give the jobs back.
+
+        Without `error`: pending again at once, or after `delay`, and no retry is charged.
+        With `error`: the attempt failed. A retry is charged and waits `delay`, or the default backoff; without a
+        retry left the job is dead. With `dead=True` it is dead now.
+        Raises ClaimLost as `ack` does.
+        """
+        self._finish(jobs, _nack_outcome(delay, error, dead), session, delay=delay)
+
+    async def nack_async(
+        self,
+        jobs: ClaimedJob | Iterable[ClaimedJob],
+        *,
+        delay: float | timedelta | None = None,
+        error: str | BaseException | None = None,
+        dead: bool = False,
+        session: AsyncTransaction | None = None,
+    ) -> None:
+        await self._finish_async(jobs, _nack_outcome(delay, error, dead), session, delay=delay)
+
+    def extend(self, jobs: ClaimedJob | Iterable[ClaimedJob], *, lease: float = 30.0) -> None:
+        """Hold the jobs for `lease` more seconds from now. Raises ClaimLost, naming those that are held no more."""
+        chosen = _as_list(jobs)
+        with self.begin() as connection:
+            held = self._extend(connection, chosen, lease)
+        _require_written(chosen, held)
+
+    async def extend_async(self, jobs: ClaimedJob | Iterable[ClaimedJob], *, lease: float = 30.0) -> None:
+        chosen = _as_list(jobs)
+        _require_written(chosen, await self._run_async(lambda connection: self._extend(connection, chosen, lease)))
+
+    def _extend(self, connection: sa.Connection, jobs: Sequence[ClaimedJob], lease: float) -> set[int]:
+        claims = [(job.id, job.claim_token) for job in jobs]
+        return store.extend(connection, self.tables, claims, lease=checked_lease(lease))
+
+    def _finish(
+        self,
+        jobs: ClaimedJob | Iterable[ClaimedJob],
+        outcome: Callable[[ClaimedJob], Outcome],
+        session: SyncTransaction | None,
+        delay: float | timedelta | None = None,
+    ) -> None:
+        chosen = _as_list(jobs)
+        if session is not None:
+            _, connection = open_transaction(session, "ack")
+            written = self._write(connection, chosen, outcome, delay)
+        else:
+            with self.begin() as connection:
+                written = self._write(connection, chosen, outcome, delay)
+        _require_written(chosen, written)
+
+    async def _finish_async(
+        self,
+        jobs: ClaimedJob | Iterable[ClaimedJob],
+        outcome: Callable[[ClaimedJob], Outcome],
+        session: AsyncTransaction | None,
+        delay: float | timedelta | None = None,
+    ) -> None:
+        chosen = _as_list(jobs)
+        if session is not None:
+            written = await run_in_transaction(
+                session, "ack_async", lambda _, connection: self._write(connection, chosen, outcome, delay)
+            )
+        else:
+            written = await self._run_async(lambda connection: self._write(connection, chosen, outcome, delay))
+        _require_written(chosen, written)
+
+    def _write(
+        self,
+        connection: sa.Connection,
+        jobs: Sequence[ClaimedJob],
+        outcome: Callable[[ClaimedJob], Outcome],
+        delay: float | timedelta | None,
+    ) -> set[int]:
+        transitions = []
+        for job in jobs:
+            transition = decide(job, outcome(job), _DEFAULT_RETRY, random=1.0)
+            if delay is not None and transition.event is EventType.RETRY:
+                transition = replace(transition, delay_seconds=_checked_delay(delay))
+            transitions.append(transition)
+        actor = jobs[0].claimed_by if jobs else ""
+        return store.finish(connection, self._tables_of(connection), transitions, actor=actor)
+
+    def _tables_of(self, connection: sa.Connection) -> Tables:
+        return tables_for(checked_dialect(connection.dialect.name), self.schema)
+
+    # Jobs and queues, for operators
+
+    def get_job(self, job_id: int) -> _Job:
+        """The job as it stands. Raises JobNotFound."""
+        with self.begin() as connection:
+            return store.get_job(connection, self.tables, job_id)
+
+    def list_jobs(
+        self,
+        *,
+        status: str | None = None,
+        queue: str | None = None,
+        task: str | None = None,
+        before_id: int | None = None,
+        limit: int = 50,
+    ) -> list[_Job]:
+        """Jobs that fit the filters, newest first. `before_id` continues after a page."""
+        if status is not None and status not in tuple(JobStatus):
+            raise ConfigurationError(f"status must be one of {', '.join(JobStatus)}, got {status!r}")
+        if limit < 1:
+            raise ConfigurationError(f"limit must be at least 1, got {limit!r}")
+        with self.begin() as connection:
+            return store.list_jobs(
+                connection,
+                self.tables,
+                status=status,
+                queue=queue,
+                task=task,
+                before_id=before_id,
+                limit=limit,
+            )
+
+    def job_events(self, job_id: int) -> list[dict[str, Any]]:
+        """What was recorded of a job beside its own row, oldest first."""
+        with self.begin() as connection:
+            return store.list_events(connection, self.tables, job_id)
+
+    def cancel(self, job_id: int, *, reason: str | None = None, actor: str | None = None) -> None:
+        """Withdraw a job that is pending or running; what its worker writes later is refused."""
+        with self.begin() as connection:
+            store.cancel_job(connection, self.tables, job_id, actor=actor or default_actor(), reason=reason)
+
+    def replay(self, job_id: int, *, reason: str | None = None, actor: str | None = None) -> None:
+        """Put a dead or cancelled job back to pending, with all its retries."""
+        with self.begin() as connection:
+            store.replay_job(connection, self.tables, job_id, actor=actor or default_actor(), reason=reason)
+            queue = store.get_job(connection, self.tables, job_id).queue
+        if self.tables.dialect_name == POSTGRESQL:
+            self._wake_sender({queue}, True)
+
+    def delete(self, job_id: int, *, reason: str | None = None, actor: str | None = None) -> None:
+        """Delete a job that is not running; its events stay."""
+        with self.begin() as connection:
+            store.delete_job(connection, self.tables, job_id, actor=actor or default_actor(), reason=reason)
+
+    def pause(
+        self,
+        queue: str,
+        *,
+        duration: float | timedelta | None = None,
+        reason: str | None = None,
+        actor: str | None = None,
+    ) -> None:
+        """Let nothing be claimed from a queue, for a time or until `resume`. Running jobs go on."""
+        checked_name("queue", queue)
+        seconds = None if duration is None else as_seconds(duration)
+        if seconds is not None and not 0 < seconds < float("inf"):
+            raise ConfigurationError(f"the duration of a pause must be more than 0 seconds, got {duration!r}")
+        with self.begin() as connection:
+            store.pause_queue(
+                connection, self.tables, queue, seconds=seconds, actor=actor or default_actor(), reason=reason
+            )
+
+    def resume(self, queue: str, *, reason: str | None = None, actor: str | None = None) -> bool:
+        """End the pause of a queue; whether there was one."""
+        checked_name("queue", queue)
+        with self.begin() as connection:
+            ended = store.resume_queue(connection, self.tables, queue, actor=actor or default_actor(), reason=reason)
+        if ended and self.tables.dialect_name == POSTGRESQL:
+            self._wake_sender({queue}, True)
+        return ended
+
+    def queues(self) -> list[store.QueueSummary]:
+        """How many jobs of each queue stand where."""
+        with self.begin() as connection:
+            return store.summarize_queues(connection, self.tables)
+
+    def workers(self) -> list[dict[str, Any]]:
+        """The workers that are, or lately were, alive."""
+        with self.begin() as connection:
+            return store.list_workers(connection, self.tables)
+
+    def prune(
+        self,
+        *,
+        older_than: float | timedelta,
+        statuses: Sequence[str] = (JobStatus.COMPLETED, JobStatus.CANCELLED),
+        pruned: Callable[[int], None] = lambda count: None,
+    ) -> int:
+        """Delete jobs that became final longer ago than `older_than`, in short transactions; how many.
+
+        Dead jobs are kept unless `statuses` names them. `pruned` is told of each batch.
+        """
+        seconds = as_seconds(older_than)
+        if not 0 <= seconds < float("inf"):
+            raise ConfigurationError(f"older_than must be 0 seconds or more, got {older_than!r}")
+        final = [status for status in JobStatus if status not in (JobStatus.PENDING, JobStatus.RUNNING)]
+        for status in statuses:
+            if status not in final:
+                raise ConfigurationError(f"only {', '.join(final)} jobs can be pruned, got {status!r}")
+        total = 0
+        after_id: int | None = 0
+        while after_id is not None:
+            with self.begin() as connection:
+                count, after_id = store.prune(
+                    connection,
+                    self.tables,
+                    older_than=seconds,
+                    statuses=[JobStatus(status) for status in statuses],
+                    after_id=after_id,
+                )
+            total += count
+            pruned(count)
+        return total
+
+
+def default_actor() -> str:
+    """Who acts when nobody is named: the operating system's user."""
+    try:
+        return f"user:{getpass.getuser()}"
+    except (KeyError, OSError):
+        return "user:unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class EnqueueOptions:
+    """How one enqueue differs from its task's settings."""
+
+    queue: str | None = None
+    priority: int | None = None
+    max_retries: int | None = None
+    delay: float | timedelta | None = None
+    at: datetime | None = None
+    unique_key: str | None = None
+    on_conflict: OnConflict = OnConflict.SKIP
+    metadata: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.queue is not None:
+            checked_name("queue", self.queue)
+        if self.priority is not None:
+            checked_priority(self.priority)
+        if self.max_retries is not None:
+            Retry(max_retries=self.max_retries)
+        if self.delay is not None and self.at is not None:
+            raise ConfigurationError("give either delay or at, not both")
+        if self.delay is not None:
+            _checked_delay(self.delay)
+        if self.at is not None:
+            if not isinstance(self.at, datetime):
+                raise ConfigurationError(f"at must be a datetime, got {type(self.at).__name__}")
+            if self.at.tzinfo is None or self.at.utcoffset() is None:
+                raise ConfigurationError(
+                    f"at must say its time zone, got the naive {self.at!r}; for example datetime.now(UTC) + …"
+                )
+        if self.unique_key is not None and not (
+            isinstance(self.unique_key, str) and 1 <= len(self.unique_key) <= KEY_CHARACTERS_MAX
+        ):
+            raise ConfigurationError(f"unique_key must be a string of 1 to {KEY_CHARACTERS_MAX} characters")
+        if self.unique_key is not None and ("\0" in self.unique_key or not _is_unicode(self.unique_key)):
+            raise ConfigurationError("unique_key must not contain NUL characters or lone surrogates")
+        if self.on_conflict not in tuple(OnConflict):
+            raise ConfigurationError(f"on_conflict must be one of {', '.join(OnConflict)}, got {self.on_conflict!r}")
+
+
+class Task(Generic[P, R]):
+    """A registered function. Calling it runs it here and now; `enqueue` stores a job for a worker.
+
+    The session always comes first: the job exists if and only if the transaction of that session commits.
+    """
+
+    def __init__(self, queue: PgQueue, definition: TaskDefinition, options: EnqueueOptions | None = None) -> None:
+        self.pgq = queue
+        self.definition = definition
+        self.options = options if options is not None else EnqueueOptions()
+        self.external = False
+        functools.update_wrapper(self, definition.function)
+
+    @property
+    def name(self) -> str:
+        return self.definition.name
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        result: R = self.definition.function(*args, **kwargs)
+        return result
+
+    def __repr__(self) -> str:
+        return f"<task {self.name!r} of queue {self.definition.queue!r}>"
+
+    def using(
+        self,
+        *,
+        queue: str | None = None,
+        priority: int | None = None,
+        max_retries: int | None = None,
+        delay: float | timedelta | None = None,
+        at: datetime | None = None,
+        unique_key: str | None = None,
+        on_conflict: OnConflict | str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Task[P, R]:
+        """The same task with other settings for the jobs enqueued through it.
+
+        delay: seconds, counted by the database's clock from the start of the transaction.
+        at: an aware datetime.
+        unique_key: at most one pending or running job of this task has it; `on_conflict` says what an enqueue
+        does that finds one: "skip" (the default), "raise" DuplicateJob, or "replace" the pending job's payload
+        and settings.
+        metadata: carried with the job, for headers, trace context and tags.
+        """
+        if on_conflict is not None and on_conflict not in tuple(OnConflict):
+            raise ConfigurationError(f"on_conflict must be one of {', '.join(OnConflict)}, got {on_conflict!r}")
+        given: dict[str, Any] = {
+            "queue": queue,
+            "priority": priority,
+            "max_retries": max_retries,
+            "delay": delay,
+            "at": at,
+            "unique_key": unique_key,
+            "on_conflict": None if on_conflict is None else OnConflict(on_conflict),
+            "metadata": metadata,
+        }
+        changes = {name: value for name, value in given.items() if value is not None}
+        task: Task[P, R] = Task(self.pgq, self.definition, replace(self.options, **changes))
+        task.external = self.external
+        return task
+
+    def enqueue(self, session: SyncTransaction, /, **payload: Any) -> EnqueueResult:
+        """Store a job in the transaction of `session` (Session, scoped_session or Connection).
+
+        Raises InvalidPayload when the payload does not fit the function's parameters, WrongSession for anything
+        that is not a synchronous session or connection, DuplicateJob as `on_conflict` says.
+        """
+        target, connection = open_transaction(session, "enqueue")
+        return self._insert(target, connection, self._new_job(payload))
+
+    def enqueue_async(self, session: AsyncTransaction, /, **payload: Any) -> Awaitable[EnqueueResult]:
+        """As `enqueue`, for an AsyncSession or AsyncConnection. Must be awaited: the session's commit fails if
+        it was not."""
+        opened = checked_async(session, "enqueue_async")
+        new_job = self._new_job(payload)
+        return MustAwait(
+            lambda: run_in_transaction(
+                opened, "enqueue_async", lambda target, connection: self._insert(target, connection, new_job)
+            ),
+            f"enqueue_async() of task {self.name!r}",
+            opened,
+        )
+
+    def enqueue_many(self, session: SyncTransaction, payloads: Iterable[Mapping[str, Any]], /) -> list[int]:
+        """Store a job for each payload, in bulk; their ids in the payloads' order. All or none is stored."""
+        target, connection = open_transaction(session, "enqueue_many")
+        template, encoded = self._new_jobs(payloads)
+        return self._insert_many(target, connection, template, encoded)
+
+    def enqueue_many_async(
+        self, session: AsyncTransaction, payloads: Iterable[Mapping[str, Any]], /
+    ) -> Awaitable[list[int]]:
+        """As `enqueue_many`, for an AsyncSession or AsyncConnection."""
+        opened = checked_async(session, "enqueue_many_async")
+        template, encoded = self._new_jobs(payloads)
+        return MustAwait(
+            lambda: run_in_transaction(
+                opened,
+                "enqueue_many_async",
+                lambda target, connection: self._insert_many(target, connection, template, encoded),
+            ),
+            f"enqueue_many_async() of task {self.name!r}",
+            opened,
+        )
+
+    def new(self, **payload: Any) -> Job:
+        """A job as an ORM object, to be stored with `session.add(…)`.
+
+        It is inserted when the session flushes. A unique key that is taken fails that flush with an
+        IntegrityError: `enqueue` has the gentler ways.
+        """
+        new_job = self._new_job(payload)
+        fields: dict[str, Any] = {
+            "task": new_job.task,
+            "payload": _decoded(new_job.payload_json),
+            "queue": new_job.queue,
+            "priority": new_job.priority,
+            "max_retries": new_job.max_retries,
+            "metadata": _decoded(new_job.metadata_json),
+            "unique_key": new_job.unique_key,
+        }
+        if new_job.delay_seconds is not None:
+            fields["run_at"] = seconds_from_now(sa.literal(new_job.delay_seconds, sa.Float()))
+        elif new_job.run_at is not None:
+            fields["run_at"] = new_job.run_at
+        else:
+            fields["run_at"] = now()
+        job = self.pgq.Job(**fields)
+        job.__dict__[_WAKE_ATTRIBUTE] = self.pgq._wake_sender
+        return job
+
+    def _new_job(self, payload: Mapping[str, Any]) -> NewJob:
+        return replace(self._template(), payload_json=self.definition.encode(payload))
+
+    def _new_jobs(self, payloads: Iterable[Mapping[str, Any]]) -> tuple[NewJob, list[str]]:
+        if self.options.unique_key is not None:
+            raise ConfigurationError("enqueue_many() stores many jobs, and a unique_key allows one; leave it away")
+        if isinstance(payloads, str | bytes | Mapping) or not isinstance(payloads, Iterable):
+            raise InvalidPayload(f"enqueue_many() takes an iterable of payloads, got {type(payloads).__name__}")
+        return self._template(), [self.definition.encode(payload) for payload in payloads]
+
+    def _template(self) -> NewJob:
+        options, definition = self.options, self.definition
+        return NewJob(
+            task=definition.name,
+            payload_json="{}",
+            queue=options.queue if options.queue is not None else definition.queue,
+            priority=options.priority if options.priority is not None else definition.priority,
+            max_retries=options.max_retries if options.max_retries is not None else definition.retry.max_retries,
+            delay_seconds=None if options.delay is None else _checked_delay(options.delay),
+            run_at=options.at,
+            unique_key=options.unique_key,
+            metadata_json=_metadata_json(options.metadata),
+        )
+
+    def _insert(self, target: Session | sa.Connection, connection: sa.Connection, job: NewJob) -> EnqueueResult:
+        tables = self.pgq._tables_of(connection)
+        with errors_explained(connection.engine.url):
+            result = store.insert_job(
+                connection, tables, job, on_conflict=self.options.on_conflict, actor=default_actor()
+            )
+        self._wake(target, tables, job.queue)
+        return result
+
+    def _insert_many(
+        self,
+        target: Session | sa.Connection,
+        connection: sa.Connection,
+        template: NewJob,
+        encoded: Sequence[str],
+    ) -> list[int]:
+        tables = self.pgq._tables_of(connection)
+        with errors_explained(connection.engine.url):
+            ids = store.insert_jobs(connection, tables, template, encoded)
+        self._wake(target, tables, template.queue)
+        return ids
+
+    def _wake(self, target: Session | sa.Connection, tables: Tables, queue: str) -> None:
+        if tables.dialect_name == POSTGRESQL and self.options.delay is None and self.options.at is None:
+            wake_after_commit(target, queue, self.pgq._wake_sender)
+
+
+#: Where a job made by `Task.new` remembers whom to tell once it is committed.
+_WAKE_ATTRIBUTE = "_pgqueue_wake"
+
+
+@functools.cache
+def _watch_inserts(job_class: type[Job]) -> None:
+    """Wake workers for jobs that are stored by `session.add`, as for those that are enqueued."""
+
+    @event.listens_for(job_class, "after_insert")
+    def inserted(mapper: Any, connection: sa.Connection, job: Job) -> None:
+        wake = job.__dict__.get(_WAKE_ATTRIBUTE)
+        session = object_session(job)
+        if wake is not None and session is not None and connection.dialect.name == POSTGRESQL:
+            wake_after_commit(session, job.queue, wake)
+
+
+def _nack_outcome(
+    delay: float | timedelta | None, error: str | BaseException | None, dead: bool
+) -> Callable[[ClaimedJob], Outcome]:
+    seconds = None if delay is None else _checked_delay(delay)
+    if isinstance(error, BaseException):
+        info = describe(error)
+    else:
+        info = ErrorInfo("Nack", clean(error or "", MESSAGE_CHARACTERS_MAX))
+    if dead:
+        if seconds is not None:
+            raise ConfigurationError("give either delay or dead=True, not both: a dead job does not run again")
+        return lambda job: Discarded(info.message or "given up by its consumer", info)
+    if error is None:
+        return lambda job: Released("given back by its consumer", seconds)
+    return lambda job: Failed(info)
+
+
+def _as_list(jobs: ClaimedJob | Iterable[ClaimedJob]) -> list[ClaimedJob]:
+    chosen = [jobs] if isinstance(jobs, ClaimedJob) else list(jobs)
+    for job in chosen:
+        if not isinstance(job, ClaimedJob):
+            raise WrongSession(f"expected jobs as claim() returned them, got {type(job).__name__}")
+    return chosen
+
+
+def _require_written(jobs: Sequence[ClaimedJob], written: set[int]) -> None:
+    lost = [job.id for job in jobs if job.id not in written]
+    if lost:
+        raise ClaimLost(
+            f"the claim on job{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))} was lost: its lease ran out "
+            "and it was claimed again, or it was finished or cancelled; nothing was written for it"
+        )
+
+
+def _checked_delay(delay: float | timedelta) -> float:
+    if isinstance(delay, bool) or not isinstance(delay, int | float | timedelta):
+        raise ConfigurationError(f"delay must be seconds or a timedelta, got {type(delay).__name__}")
+    seconds = as_seconds(delay)
+    if not 0 <= seconds < float("inf"):
+        raise ConfigurationError(f"delay must be 0 seconds or more, got {delay!r}")
+    return seconds
+
+
+def _metadata_json(metadata: Mapping[str, Any] | None) -> str:
+    if metadata is None:
+        return "{}"
+    if not isinstance(metadata, Mapping):
+        raise InvalidPayload(f"metadata must be a mapping, got {type(metadata).__name__}")
+    return encode_json(dict(metadata), "metadata")
+
+
+def _require_mapping(payload: object, task: str) -> None:
+    if not isinstance(payload, Mapping) or not all(isinstance(key, str) for key in payload):
+        raise InvalidPayload(
+            f"payload of task {task!r} must be a mapping of its parameters, got {type(payload).__name__}"
+        )
+
+
+def _decoded(text: str) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(text)
+    return value
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _same_function(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
+    """Whether a module was only loaded twice, as happens to one that is run and imported as well."""
+    return (
+        getattr(one, "__qualname__", None) == getattr(other, "__qualname__", None)
+        and one.__code__.co_filename == other.__code__.co_filename
+        if hasattr(one, "__code__") and hasattr(other, "__code__")
+        else one is other
+    )

@@ -1,0 +1,310 @@
+"""Every difference between PostgreSQL and SQLite: types, the clock, sets of rows, the order of a claim.
+
+PostgreSQL is the product; SQLite runs the same statements for development and tests on one host.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
+
+from pgqueue.errors import ConfigurationError
+
+POSTGRESQL = "postgresql"
+SQLITE = "sqlite"
+
+#: `->`, RETURNING and UPDATE … FROM are all there from this version on.
+SQLITE_VERSION_MIN = (3, 38, 0)
+
+#: SQLite keeps a moment as text that sorts like the moment: UTC, milliseconds.
+_SQLITE_NOW = "strftime('%Y-%m-%d %H:%M:%f', 'now')"
+
+
+def checked_dialect(name: str) -> str:
+    if name in (POSTGRESQL, SQLITE):
+        return name
+    raise ConfigurationError(f"pgqueue works on PostgreSQL and SQLite, got a {name!r} database")
+
+
+# Types -----------------------------------------------------------------------------------------------------
+
+
+class UTCDateTime(sa.types.TypeDecorator[datetime]):
+    """timestamptz; on SQLite text in UTC. Takes and gives aware datetimes only."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: sa.Dialect) -> sa.types.TypeEngine[Any]:
+        if dialect.name == SQLITE:
+            return dialect.type_descriptor(sa.Text())
+        return dialect.type_descriptor(sa.DateTime(timezone=True))
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> Any:
+        if value is None or dialect.name != SQLITE:
+            return value
+        return value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+
+    def process_result_value(self, value: Any, dialect: sa.Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if dialect.name == SQLITE:
+            return datetime.strptime(value, "%Y-%m-%d %H:%M:%S.%f").replace(tzinfo=UTC)
+        moment: datetime = value
+        return moment
+
+
+#: bigint; SQLite numbers rows by itself only in a column declared INTEGER.
+BigId = sa.BigInteger().with_variant(sa.Integer(), SQLITE)
+
+JSONDocument = sa.JSON(none_as_null=True).with_variant(postgresql.JSONB(none_as_null=True), POSTGRESQL)
+
+
+class TextArray(sa.types.TypeDecorator[list[str]]):
+    """A list of strings as one parameter, for `text_in`."""
+
+    impl = sa.Text()
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: sa.Dialect) -> sa.types.TypeEngine[Any]:
+        if dialect.name == POSTGRESQL:
+            return dialect.type_descriptor(postgresql.ARRAY(sa.Text()))
+        return dialect.type_descriptor(sa.Text())
+
+    def process_bind_param(self, value: list[str] | None, dialect: sa.Dialect) -> Any:
+        return value if dialect.name == POSTGRESQL else json.dumps(value)
+
+
+# Expressions -----------------------------------------------------------------------------------------------
+
+
+class now(FunctionElement[datetime]):
+    """The database's clock. On PostgreSQL the start of the transaction: stable, so that distributed engines
+    accept it in an UPDATE."""
+
+    type = UTCDateTime()
+    inherit_cache = True
+
+
+@compiles(now, POSTGRESQL)
+def _(element: now, compiler: SQLCompiler, **kw: Any) -> str:
+    return "now()"
+
+
+@compiles(now, SQLITE)
+def _(element: now, compiler: SQLCompiler, **kw: Any) -> str:
+    return _SQLITE_NOW
+
+
+class seconds_from_now(FunctionElement[datetime]):
+    """The database's clock plus a number of seconds (an expression; may be negative)."""
+
+    type = UTCDateTime()
+    inherit_cache = True
+
+
+@compiles(seconds_from_now, POSTGRESQL)
+def _(element: seconds_from_now, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"now() + make_interval(secs => CAST({compiler.process(element.clauses, **kw)} AS double precision))"
+
+
+@compiles(seconds_from_now, SQLITE)
+def _(element: seconds_from_now, compiler: SQLCompiler, **kw: Any) -> str:
+    seconds = compiler.process(element.clauses, **kw)
+    return f"strftime('%Y-%m-%d %H:%M:%f', 'now', printf('%+.3f seconds', {seconds}))"
+
+
+class seconds_since(FunctionElement[float]):
+    """Seconds from a moment (an expression) to the database's now."""
+
+    type = sa.Float()
+    inherit_cache = True
+
+
+@compiles(seconds_since, POSTGRESQL)
+def _(element: seconds_since, compiler: SQLCompiler, **kw: Any) -> str:
+    moment = compiler.process(element.clauses, **kw)
+    return f"CAST(extract(epoch FROM now() - {moment}) AS double precision)"
+
+
+@compiles(seconds_since, SQLITE)
+def _(element: seconds_since, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"((julianday('now') - julianday({compiler.process(element.clauses, **kw)})) * 86400.0)"
+
+
+class json_of(FunctionElement[Any]):
+    """JSON text (an expression) as a value for a JSON column."""
+
+    type = JSONDocument
+    inherit_cache = True
+
+
+@compiles(json_of, POSTGRESQL)
+def _(element: json_of, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"CAST({compiler.process(element.clauses, **kw)} AS jsonb)"
+
+
+@compiles(json_of, SQLITE)
+def _(element: json_of, compiler: SQLCompiler, **kw: Any) -> str:
+    return compiler.process(element.clauses, **kw)
+
+
+class id_in(FunctionElement[bool]):
+    """`id_in(column, select.scalar_subquery())`: the column is one of the selected ids.
+
+    On PostgreSQL `= ANY(ARRAY(SELECT …))`: the subquery runs exactly once and the update goes by primary key.
+    With `IN (SELECT … LIMIT n)` the planner may run the subquery again for each row and take more than n.
+    """
+
+    type = sa.Boolean()
+    inherit_cache = True
+
+
+@compiles(id_in, POSTGRESQL)
+def _(element: id_in, compiler: SQLCompiler, **kw: Any) -> str:
+    column, subquery = element.clauses
+    return f"{compiler.process(column, **kw)} = ANY (ARRAY{compiler.process(subquery, **kw)})"
+
+
+@compiles(id_in, SQLITE)
+def _(element: id_in, compiler: SQLCompiler, **kw: Any) -> str:
+    column, subquery = element.clauses
+    return f"{compiler.process(column, **kw)} IN {compiler.process(subquery, **kw)}"
+
+
+class text_in(FunctionElement[bool]):
+    """`text_in(column, bindparam(…, type_=TextArray()))`: the column is one of a list of strings."""
+
+    type = sa.Boolean()
+    inherit_cache = True
+
+
+@compiles(text_in, POSTGRESQL)
+def _(element: text_in, compiler: SQLCompiler, **kw: Any) -> str:
+    column, strings = element.clauses
+    return f"{compiler.process(column, **kw)} = ANY ({compiler.process(strings, **kw)})"
+
+
+@compiles(text_in, SQLITE)
+def _(element: text_in, compiler: SQLCompiler, **kw: Any) -> str:
+    column, strings = element.clauses
+    values = f"json_each({compiler.process(strings, **kw)})"
+    return f"{compiler.process(column, **kw)} IN (SELECT value FROM {values})"  # noqa: S608 — compiled, no user text
+
+
+# Sets of rows as one parameter -----------------------------------------------------------------------------
+
+
+def rows(dialect_name: str, parameter: str, *columns: sa.ColumnClause[Any]) -> sa.FromClause:
+    """A JSON array of objects, given as one text parameter, as a table with these columns."""
+    if dialect_name == POSTGRESQL:
+        documents = sa.cast(sa.bindparam(parameter, type_=sa.Text()), postgresql.JSON())
+        return (
+            sa.func.json_to_recordset(documents)
+            .table_valued(*columns, name="r")
+            .render_derived(name="r", with_types=True)
+        )
+    each = sa.func.json_each(sa.bindparam(parameter, type_=sa.Text())).table_valued("value", name="e")
+    return sa.select(
+        *(
+            sa.type_coerce(sa.func.json_extract(each.c.value, f"$.{column.name}"), column.type).label(column.name)
+            for column in columns
+        )
+    ).subquery("r")
+
+
+def documents(dialect_name: str, parameter: str) -> tuple[sa.FromClause, sa.ColumnElement[Any], Any]:
+    """A JSON array of objects as a table: the table, the column with each object, the column to order by."""
+    text = sa.bindparam(parameter, type_=sa.Text())
+    if dialect_name == POSTGRESQL:
+        each: sa.TableValuedAlias = (
+            sa.func.json_array_elements(sa.cast(text, postgresql.JSON()))
+            .table_valued("document", with_ordinality="n", name="d")
+            .render_derived(name="d")
+        )
+        return each, sa.cast(each.c.document, postgresql.JSONB()), each.c.n
+    each = sa.func.json_each(text).table_valued("key", "value", name="d")
+    return each, sa.type_coerce(each.c.value, JSONDocument), each.c.key
+
+
+# Statements ------------------------------------------------------------------------------------------------
+
+
+def insert(dialect_name: str, table: sa.Table) -> Any:
+    """An INSERT that knows ON CONFLICT."""
+    return postgresql.insert(table) if dialect_name == POSTGRESQL else sqlite.insert(table)
+
+
+def claimable(
+    dialect_name: str, jobs: sa.Table, filters: sa.ColumnElement[bool], limit: sa.BindParameter[int]
+) -> sa.ScalarSelect[Any]:
+    """The ids to claim next: highest priority first, then longest due, then lowest id; locked.
+
+    PostgreSQL: each priority is a lane of its own, found by stepping through the claim index, and probed for
+    what is due in it. So jobs scheduled for later cost nothing, however many there are and however high their
+    priority. `filters` speaks of the table itself; the lanes use aliases of it.
+    """
+    pending: sa.ColumnClause[str] = sa.literal_column("'pending'")
+    if dialect_name == SQLITE:
+        return (
+            sa.select(jobs.c.id)
+            .where(jobs.c.status == pending, jobs.c.run_at <= now(), filters)
+            .order_by(jobs.c.priority.desc(), jobs.c.run_at, jobs.c.id)
+            .limit(limit)
+            .scalar_subquery()
+        )
+    queue: sa.BindParameter[str] = sa.bindparam("of_queue", type_=sa.Text())
+    first, following = jobs.alias("first"), jobs.alias("following")
+    lane = (
+        sa.select(
+            sa.select(first.c.priority)
+            .where(first.c.queue == queue, first.c.status == pending)
+            .order_by(first.c.priority.desc())
+            .limit(1)
+            .scalar_subquery()
+            .label("priority")
+        )
+    ).cte("lane", recursive=True)
+    lane = lane.union_all(
+        sa.select(
+            sa.select(following.c.priority)
+            .where(
+                following.c.queue == queue,
+                following.c.status == pending,
+                following.c.priority < lane.c.priority,
+            )
+            .order_by(following.c.priority.desc())
+            .limit(1)
+            .correlate(lane)
+            .scalar_subquery()
+        ).where(lane.c.priority.is_not(None))
+    )
+    due = (
+        sa.select(jobs.c.id)
+        .where(
+            jobs.c.queue == queue,
+            jobs.c.priority == lane.c.priority,
+            jobs.c.status == pending,
+            jobs.c.run_at <= now(),
+            filters,
+        )
+        .order_by(jobs.c.run_at, jobs.c.id)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+        .correlate(lane)
+        .lateral("due")
+    )
+    return (
+        sa.select(due.c.id)
+        .select_from(lane.join(due, sa.true()))
+        .where(lane.c.priority.is_not(None))
+        .limit(limit)
+        .scalar_subquery()
+    )

@@ -1,0 +1,213 @@
+"""How pgqueue connects: URLs, engines, and database errors in pgqueue's words. Passwords never leave here."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import event, exc
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from pgqueue.dialect import POSTGRESQL, SQLITE, SQLITE_VERSION_MIN, checked_dialect
+from pgqueue.errors import ConfigurationError, DatabaseUnreachable, PgqueueError, SchemaMissing
+
+#: How long SQLite waits for another process's write to end.
+SQLITE_BUSY_SECONDS = 30.0
+
+CONNECT_SECONDS_MAX = 10
+
+
+def parse_url(url: str | sa.URL) -> sa.URL:
+    """The URL, with the driver pgqueue uses. ConfigurationError, never showing the URL, when it is malformed."""
+    if isinstance(url, str):
+        # `postgres://` is what hosting providers hand out.
+        url = re.sub(r"^postgres(?=://|\+)", "postgresql", url)
+    try:
+        parsed = sa.make_url(url)
+    except (exc.ArgumentError, ValueError):
+        raise ConfigurationError(
+            "the database URL is malformed; expected postgresql://user:password@host:5432/database "
+            "or sqlite:///path/to/file.db (special characters in the password must be percent-encoded)"
+        ) from None
+    backend = checked_dialect(parsed.get_backend_name())
+    driver = "postgresql+psycopg" if backend == POSTGRESQL else "sqlite"
+    return parsed.set(drivername=driver)
+
+
+def make_engine(url: str | sa.URL) -> sa.Engine:
+    """An engine for pgqueue's own connections: as many as its threads ask for, READ COMMITTED, parameters
+    (payloads!) kept out of error messages."""
+    parsed = parse_url(url)
+    if parsed.get_backend_name() == SQLITE:
+        return _make_sqlite_engine(parsed)
+    _require_libpq()
+    arguments: dict[str, Any] = {}
+    if "connect_timeout" not in parsed.query:
+        arguments["connect_timeout"] = CONNECT_SECONDS_MAX
+    if "application_name" not in parsed.query:
+        arguments["application_name"] = "pgqueue"
+    return sa.create_engine(
+        parsed,
+        connect_args=arguments,
+        hide_parameters=True,
+        isolation_level="READ COMMITTED",
+        pool_size=0,  # no limit: each thread holds one connection at most
+        pool_pre_ping=True,
+    )
+
+
+def make_async_engine(url: sa.URL) -> AsyncEngine:
+    """The asynchronous twin of `make_engine`, for `async def` transactional tasks and the `_async` calls."""
+    if url.get_backend_name() == SQLITE:
+        try:
+            import aiosqlite  # noqa: F401 — only whether it is there
+        except ImportError:
+            raise ConfigurationError(
+                "asynchronous calls on SQLite need the package aiosqlite: pip install aiosqlite"
+            ) from None
+        engine = create_async_engine(url.set(drivername="sqlite+aiosqlite"), hide_parameters=True)
+        prepare_sqlite(engine.sync_engine)
+        return engine
+    return create_async_engine(
+        url,
+        connect_args={"application_name": "pgqueue"},
+        hide_parameters=True,
+        isolation_level="READ COMMITTED",
+        pool_pre_ping=True,
+    )
+
+
+def _require_libpq() -> None:
+    try:
+        import psycopg  # noqa: F401 — only whether it can be imported
+    except ImportError as error:
+        raise ConfigurationError(
+            "psycopg finds no libpq, PostgreSQL's client library. Install it with pgqueue: "
+            "pip install 'pgqueue[binary]', or with your system, e.g. apt-get install libpq5"
+        ) from error
+
+
+def _make_sqlite_engine(url: sa.URL) -> sa.Engine:
+    if sqlite3.sqlite_version_info < SQLITE_VERSION_MIN:
+        raise ConfigurationError(
+            f"pgqueue needs SQLite {'.'.join(map(str, SQLITE_VERSION_MIN))} or newer; "
+            f"this Python was built with {sqlite3.sqlite_version}"
+        )
+    in_memory = url.database in (None, "", ":memory:")
+    engine = sa.create_engine(
+        url,
+        hide_parameters=True,
+        # One connection is one in-memory database, so all threads must share it.
+        **({"poolclass": sa.StaticPool, "connect_args": {"check_same_thread": False}} if in_memory else {}),
+        **({} if in_memory else {"poolclass": sa.NullPool}),
+    )
+    prepare_sqlite(engine)
+    return engine
+
+
+def prepare_sqlite(engine: sa.Engine) -> None:
+    """Make SQLite safe for several workers: every transaction begins by taking the write lock.
+
+    With the driver's own handling a transaction that reads first and writes later does not wait for the lock,
+    and two workers may claim the same job without any error.
+    """
+
+    @event.listens_for(engine, "connect")
+    def connect(dbapi_connection: Any, _: Any) -> None:
+        dbapi_connection.isolation_level = None
+        cursor = dbapi_connection.cursor()
+        cursor.execute(f"PRAGMA busy_timeout = {int(SQLITE_BUSY_SECONDS * 1000)}")
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+            cursor.execute("PRAGMA synchronous = NORMAL")
+        except Exception as error:
+            # A read-only file can still be read; a write will say what is wrong.
+            if "readonly" not in str(error):
+                raise
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def describe_url(url: sa.URL) -> str:
+    """The URL for people: without the password, and without query values, which may hold one too."""
+    return url.set(query={}).render_as_string(hide_password=True)
+
+
+@contextmanager
+def errors_explained(url: sa.URL) -> Iterator[None]:
+    """Turn a failure to reach the database, or to find pgqueue's tables there, into an error that says so."""
+    try:
+        yield
+    except exc.DBAPIError as error:
+        explained = explain(error, url)
+        if explained is None:
+            raise
+        raise explained from None
+
+
+def explain(error: exc.DBAPIError, url: sa.URL) -> PgqueueError | None:
+    """The error that this database error amounts to, or None when it is none of the known ones."""
+    where = describe_url(url)
+    message = _first_line(error)
+    sqlstate = getattr(error.orig, "sqlstate", None) or ""
+    if sqlstate in ("42P01", "3F000") or "no such table" in message:
+        return SchemaMissing(f"pgqueue's tables are not in {where}; create them with: pgqueue db upgrade")
+    if "unable to open database file" in message:
+        return DatabaseUnreachable(f"cannot open {where}: does the folder exist, and may this user write there?")
+    if "readonly database" in message:
+        return DatabaseUnreachable(f"{where} is read-only for this user; pgqueue has to write to it")
+    if "database is locked" in message:
+        return DatabaseUnreachable(
+            f"{where} has been locked by another process for {SQLITE_BUSY_SECONDS:g} seconds; "
+            "which program holds a transaction open on it?"
+        )
+    if "file is not a database" in message:
+        return DatabaseUnreachable(f"{where} is not a SQLite database")
+    if is_disconnect(error) or sqlstate[:2] in ("08", "28", "57") or sqlstate in ("3D000", "53300"):
+        return DatabaseUnreachable(f"cannot use {where}: {message}")
+    return None
+
+
+def is_disconnect(error: BaseException) -> bool:
+    """Whether the connection is gone, so that a new one may succeed where this failed."""
+    if not isinstance(error, exc.DBAPIError):
+        return isinstance(error, exc.TimeoutError)
+    if error.connection_invalidated:
+        return True
+    sqlstate = getattr(error.orig, "sqlstate", None)
+    if sqlstate is not None:
+        # 25006: the server became a standby; 57P0x: it is shutting down or starting.
+        return sqlstate in ("25006", "57P01", "57P02", "57P03") or sqlstate.startswith("08")
+    # psycopg has no SQLSTATE for a connection that could not be made or broke.
+    return (
+        isinstance(error, exc.OperationalError)
+        and error.connection_invalidated is not None
+        and not isinstance(error.orig, sqlite3.Error)
+    )
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same statement may succeed when it is simply tried again."""
+    if is_disconnect(error):
+        return True
+    if not isinstance(error, exc.DBAPIError):
+        return False
+    if isinstance(error.orig, sqlite3.OperationalError):
+        return "locked" in str(error.orig)
+    # Deadlock, serialization failure, lock or statement timeout, cached plan, out of space or connections.
+    sqlstate = getattr(error.orig, "sqlstate", None) or ""
+    return sqlstate in ("40P01", "40001", "55P03", "57014", "0A000") or sqlstate[:2] in ("53", "58")
+
+
+def _first_line(error: exc.DBAPIError) -> str:
+    """What the driver said, in one line; a connection string that it quotes is left out."""
+    text = str(error.orig).strip()
+    line = text.splitlines()[0] if text else type(error.orig).__name__
+    return re.sub(r"(password|passfile|sslpassword)=\S+", r"\1=***", re.sub(r"://[^@\s]*@", "://***@", line))

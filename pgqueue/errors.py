@@ -1,0 +1,109 @@
+"""Every exception of pgqueue.
+
+PgqueueError
+├── ConfigurationError          a setting, option or URL that cannot work (also a ValueError)
+├── InvalidTask                 a function that cannot be a task (also a TypeError)
+├── TaskNotFound                no task of that name is registered (also a LookupError)
+├── JobNotFound                 no job has that id (also a LookupError)
+├── InvalidPayload              a payload that does not fit the task or cannot be stored (also a ValueError)
+├── WrongSession                not a session or connection that can take the call (also a TypeError)
+├── NotAwaited                  an asynchronous enqueue was never awaited
+├── DuplicateJob                the unique key belongs to a job that is not finished
+├── IllegalTransition           the job's status does not allow what was asked
+├── ClaimLost                   the job was claimed again or finished; this claim may no longer write
+├── DatabaseUnreachable         no connection, or it broke
+├── SchemaMissing               pgqueue's tables are not there
+└── SchemaOutdated              pgqueue's tables are older or newer than this code
+
+What a task raises to say how its attempt ends is not an error and stands apart: Snooze, Discard and Cancel
+derive from TaskSignal.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+
+class PgqueueError(Exception):
+    """Base class of everything that pgqueue raises on purpose."""
+
+
+class ConfigurationError(PgqueueError, ValueError):
+    """A setting, option or URL cannot work."""
+
+
+class InvalidTask(PgqueueError, TypeError):
+    """The function cannot be registered as a task."""
+
+
+class TaskNotFound(PgqueueError, LookupError):
+    """No task of that name is registered."""
+
+
+class JobNotFound(PgqueueError, LookupError):
+    """No job has that id."""
+
+
+class InvalidPayload(PgqueueError, ValueError):
+    """The payload does not fit the task's signature, or cannot be stored as JSON."""
+
+
+class WrongSession(PgqueueError, TypeError):
+    """The first argument is not a session or connection that this call can use."""
+
+
+class NotAwaited(PgqueueError):
+    """A coroutine of pgqueue was created but never awaited, so nothing was enqueued."""
+
+
+class DuplicateJob(PgqueueError):
+    """The unique key belongs to a job that is not finished."""
+
+
+class IllegalTransition(PgqueueError):
+    """The job's status does not allow what was asked."""
+
+
+class ClaimLost(PgqueueError):
+    """The job was claimed again or finished by somebody else; this claim may no longer write."""
+
+
+class DatabaseUnreachable(PgqueueError):
+    """The database cannot be reached, or refused the connection."""
+
+
+class SchemaMissing(PgqueueError):
+    """pgqueue's tables are not in the database."""
+
+
+class SchemaOutdated(PgqueueError):
+    """pgqueue's tables belong to another version than this code."""
+
+
+class TaskSignal(Exception):  # noqa: N818, RUF100 — not an error: the way a task says how its attempt ends
+    """Base class of what a task raises to end its attempt other than by success or failure."""
+
+
+class Snooze(TaskSignal):
+    """Run this job again after `delay` (seconds or timedelta). No retry is charged."""
+
+    def __init__(self, delay: float | timedelta, reason: str = "snoozed by the task") -> None:
+        super().__init__(reason)
+        self.delay = delay
+        self.reason = reason
+
+
+class Discard(TaskSignal):
+    """This job can never succeed: make it dead now, whatever retries are left."""
+
+    def __init__(self, reason: str = "discarded by the task") -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Cancel(TaskSignal):
+    """This job is no longer wanted: make it cancelled now."""
+
+    def __init__(self, reason: str = "cancelled by the task") -> None:
+        super().__init__(reason)
+        self.reason = reason

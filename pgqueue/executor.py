@@ -1,0 +1,161 @@
+"""Run a task's function for one attempt and say how it ended. Never raises, never sees the database."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import traceback
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from pgqueue.errors import Cancel, Discard, InvalidPayload, Snooze, TaskSignal
+from pgqueue.job import Cancelled, ClaimedJob, Completed, Discarded, ErrorInfo, Failed, Outcome, Snoozed
+from pgqueue.retry import as_seconds
+from pgqueue.task import TaskDefinition, encode_json
+
+logger = logging.getLogger(__name__)
+
+#: What is kept of an exception: enough to understand it, little enough that any number of them can be stored.
+MESSAGE_CHARACTERS_MAX = 2_000
+TRACEBACK_CHARACTERS_MAX = 20_000
+
+#: How long a coroutine may take to end after its timeout before the worker goes on without it.
+CANCEL_GRACE_SECONDS = 5.0
+
+_current: contextvars.ContextVar[ClaimedJob] = contextvars.ContextVar("pgqueue_current_job")
+
+
+def current_job() -> ClaimedJob:
+    """The job that this thread or coroutine is running. RuntimeError outside of a task."""
+    try:
+        return _current.get()
+    except LookupError:
+        raise RuntimeError("current_job() was called outside of a running task") from None
+
+
+def execute(task: TaskDefinition, job: ClaimedJob, *leading: Any) -> Outcome:
+    """Run a `def` task. `leading` goes before the payload's arguments (the session of a transactional task)."""
+    token = _current.set(job)
+    try:
+        return completed(task, task.function(*leading, **task.decode(job.payload_json)))
+    except BaseException as error:  # noqa: BLE001 — whatever a task raises ends its attempt, not the worker
+        return outcome_of(error)
+    finally:
+        _current.reset(token)
+
+
+async def execute_async(task: TaskDefinition, job: ClaimedJob, *leading: Any) -> Outcome:
+    """Run an `async def` task, at most `task.timeout` seconds.
+
+    Cancelling this coroutine cancels the task; a task that refuses to end is left behind after a grace, so
+    that it cannot hold up the worker.
+    """
+    token = _current.set(job)
+    try:
+        arguments = task.decode(job.payload_json)
+        if task.timeout is None:
+            return completed(task, await task.function(*leading, **arguments))
+        return await _within(task.timeout, task, job, lambda: task.function(*leading, **arguments))
+    except asyncio.CancelledError:
+        running = asyncio.current_task()
+        if running is not None and running.cancelling():
+            raise  # the worker is stopping this attempt; a task that raises CancelledError itself has failed
+        return Failed(ErrorInfo("asyncio.CancelledError", "the task cancelled itself"))
+    except BaseException as error:  # noqa: BLE001 — as above
+        return outcome_of(error)
+    finally:
+        _current.reset(token)
+
+
+async def _within(
+    seconds: float, task: TaskDefinition, job: ClaimedJob, start: Callable[[], Awaitable[Any]]
+) -> Outcome:
+    async def call() -> Any:
+        return await start()
+
+    running = asyncio.ensure_future(call())
+    try:
+        done, _ = await asyncio.wait({running}, timeout=seconds)
+        if not done:
+            running.cancel(f"timeout of {seconds} s")
+            done, _ = await asyncio.wait({running}, timeout=CANCEL_GRACE_SECONDS)
+            if not done:
+                logger.error(
+                    "task %s (job %d) goes on although its timeout of %s s is over and it was cancelled; "
+                    "the attempt is counted as failed and the coroutine is left behind",
+                    task.name,
+                    job.id,
+                    seconds,
+                )
+            elif not running.cancelled():
+                running.exception()  # seen, so that it is not reported as never retrieved
+            return Failed(ErrorInfo("TimeoutError", f"the attempt took longer than its timeout of {seconds} s"))
+    except asyncio.CancelledError:
+        running.cancel()
+        await asyncio.wait({running}, timeout=CANCEL_GRACE_SECONDS)
+        raise
+    if running.cancelled():
+        return Failed(ErrorInfo("asyncio.CancelledError", "the task cancelled itself"))
+    error = running.exception()
+    return outcome_of(error) if error is not None else completed(task, running.result())
+
+
+def completed(task: TaskDefinition, result: object) -> Outcome:
+    """The outcome of a task that returned `result`."""
+    if result is None:
+        return Completed()
+    try:
+        return Completed(encode_json(result, f"result of task {task.name!r}"))
+    except InvalidPayload as error:
+        reason = f"the task ran to its end, but its return value cannot be stored: {error}"
+        return Discarded(reason, ErrorInfo("InvalidResult", clean(reason, MESSAGE_CHARACTERS_MAX)))
+
+
+def outcome_of(error: BaseException) -> Outcome:
+    """The outcome of a task that raised `error`."""
+    match error:
+        case Snooze():
+            try:
+                delay = as_seconds(error.delay)
+            except (TypeError, ValueError):
+                delay = -1.0
+            if not 0 <= delay < float("inf"):
+                return Failed(
+                    ErrorInfo("ValueError", f"Snooze needs a delay of 0 seconds or more, got {error.delay!r}")
+                )
+            return Snoozed(delay, clean(error.reason, MESSAGE_CHARACTERS_MAX))
+        case Discard():
+            return Discarded(clean(error.reason, MESSAGE_CHARACTERS_MAX), describe(error))
+        case Cancel():
+            return Cancelled(clean(error.reason, MESSAGE_CHARACTERS_MAX))
+        case TaskSignal():
+            return Failed(describe(error))
+        case InvalidPayload():
+            # The same payload will not fit on the next attempt either.
+            return Discarded("the payload cannot be used", describe(error))
+        case _:
+            return Failed(describe(error))
+
+
+def describe(error: BaseException) -> ErrorInfo:
+    """What is stored of an exception. Its own code (`__str__`, `__repr__`) may fail; this does not."""
+    kind = type(error)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    try:
+        message = str(error)
+    except BaseException:  # noqa: BLE001 — the exception's own __str__ may raise anything
+        message = "(its message could not be made)"
+    try:
+        trace = "".join(traceback.format_exception(error))
+    except BaseException:  # noqa: BLE001 — likewise, through the chain of causes
+        trace = "(its traceback could not be made)"
+    return ErrorInfo(clean(name, 200), clean(message, MESSAGE_CHARACTERS_MAX), clean(trace, TRACEBACK_CHARACTERS_MAX))
+
+
+def clean(text: str, characters_max: int) -> str:
+    """`text` as any database can store it: no NUL, no lone surrogate, the middle cut out when too long."""
+    if len(text) > characters_max:
+        half = characters_max // 2
+        text = f"{text[:half]}\n… {len(text) - 2 * half:,} characters left out …\n{text[-half:]}"
+    return text.replace("\0", "\N{SYMBOL FOR NULL}").encode("utf-8", "replace").decode("utf-8")

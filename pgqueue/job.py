@@ -1,0 +1,235 @@
+"""What a job is: its row, a claim on it, how an attempt ended, and what is to be written then.
+
+Plain data. `schema` maps `Job` to its table; nothing here knows a database, a clock or a task.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+
+class JobStatus(StrEnum):
+    """Where a job stands. Two are open, three are final."""
+
+    PENDING = "pending"  #: waits to be claimed, now or when `run_at` comes
+    RUNNING = "running"  #: claimed; `claim_token` and `claim_expires_at` are set exactly in this status
+    COMPLETED = "completed"  #: an attempt succeeded
+    DEAD = "dead"  #: will not run again by itself: retries used up, or discarded; `replay` revives it
+    CANCELLED = "cancelled"  #: withdrawn before it succeeded
+
+
+FINAL_STATUSES = (JobStatus.COMPLETED, JobStatus.DEAD, JobStatus.CANCELLED)
+
+
+class OnConflict(StrEnum):
+    """What an enqueue does when its unique key belongs to a job that is pending or running."""
+
+    SKIP = "skip"  #: enqueue nothing; the result names the job that is there
+    RAISE = "raise"  #: raise DuplicateJob; the caller's transaction stays usable
+    REPLACE = "replace"  #: a pending job takes the new payload and options; a running one raises DuplicateJob
+
+
+class Job:
+    """One request to run a task: one row of the `jobs` table, as an ORM object.
+
+    Made by `task.new(...)` and queried through `pgq.Job`, the subclass that is mapped to the tables of one
+    pgqueue. Fields that only pgqueue writes (status, claim, counters, times) are best left alone: change a job
+    through the API, which fences and records what it does.
+    """
+
+    id: int  #: assigned by the database when the row is inserted
+    queue: str  #: the named line it waits in
+    task: str  #: the registered name of the function to run
+    payload: dict[str, Any]  #: the function's keyword arguments
+    priority: int  #: higher runs first; 0 unless given
+    status: str  #: one of JobStatus
+    run_at: datetime  #: not claimed before; moved forward by retry and snooze
+    claimed_by: str | None  #: the worker of the present or last attempt
+    claim_token: uuid.UUID | None  #: fresh for each claim and set only while running: the fence of every write
+    claim_expires_at: datetime | None  #: when the lease ends unless extended; set only while running
+    attempt: int  #: how often it was claimed
+    retries: int  #: how many of those attempts failed and were charged
+    max_retries: int  #: retries allowed before it is dead
+    expires_at: datetime | None  #: not worth running after this
+    unique_key: str | None  #: at most one open job of a task has the same key
+    ordering_key: str | None  #: jobs of one key run one after another
+    concurrency_key: str | None  #: jobs of one key share a limit
+    metadata: dict[str, Any]  #: headers, trace context, tags; never read by the queue
+    result: Any  #: what the task returned
+    error: dict[str, Any] | None  #: type, message and traceback of the last failed attempt
+    progress: dict[str, Any] | None  #: what the task last reported
+    created_at: datetime
+    claimed_at: datetime | None  #: when the present or last attempt was claimed
+    finished_at: datetime | None  #: when it became final; NULL exactly while it is open
+
+    def __init__(self, **fields: Any) -> None:
+        for name, value in fields.items():
+            setattr(self, name, value)
+
+    def __repr__(self) -> str:
+        shown = {name: self.__dict__.get(name) for name in ("id", "task", "queue", "status")}
+        return "Job(" + ", ".join(f"{name}={value!r}" for name, value in shown.items()) + ")"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ClaimedJob:
+    """A job as its claimer holds it: what is needed to run one attempt and to write how it ended."""
+
+    id: int
+    queue: str
+    task: str
+    payload_json: str  #: still text: one undecodable row must fail that job, not the claim of the batch
+    priority: int
+    run_at: datetime
+    attempt: int  #: 1 for the first
+    retries: int  #: charged so far
+    max_retries: int
+    claimed_by: str
+    claim_token: uuid.UUID
+    created_at: datetime
+    metadata_json: str
+
+    @property
+    def payload(self) -> dict[str, Any]:
+        """The payload, decoded; ValueError when somebody stored what Python's JSON cannot read."""
+        return _decode(self.payload_json)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        return _decode(self.metadata_json)
+
+    @property
+    def fence(self) -> str:
+        """A token for systems outside the database: a later attempt has a different one."""
+        return f"{self.id}:{self.claim_token}"
+
+
+def _decode(text: str) -> dict[str, Any]:
+    decoded: dict[str, Any] = json.loads(text)
+    return decoded
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """A job to be stored; every value checked, the payload already JSON text."""
+
+    task: str
+    payload_json: str
+    queue: str = "default"
+    priority: int = 0
+    max_retries: int = 3
+    delay_seconds: float | None = None  #: counted by the database from the start of the transaction
+    run_at: datetime | None = None  #: aware; at most one of delay_seconds and run_at
+    unique_key: str | None = None
+    metadata_json: str = "{}"
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorInfo:
+    """What is stored of an exception: already cleaned and capped, so that storing it cannot fail."""
+
+    type: str
+    message: str
+    traceback: str = ""
+
+    def as_dict(self) -> dict[str, str]:
+        return {"type": self.type, "message": self.message, "traceback": self.traceback}
+
+
+# How an attempt ended --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    result_json: str | None = None  #: None: the task returned None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    error: ErrorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Snoozed:
+    delay_seconds: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Discarded:
+    reason: str
+    error: ErrorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """The worker gives the job back, unstarted or interrupted."""
+
+    reason: str
+    delay_seconds: float | None = None
+
+
+Outcome = Completed | Failed | Snoozed | Discarded | Cancelled | Released
+
+
+class EventType(StrEnum):
+    """What a row of `job_events` records. The happy path (created, claimed, completed) is in the job's row."""
+
+    RETRY = "retry"  #: an attempt failed; pending again after the backoff
+    DEAD = "dead"  #: an attempt failed or was discarded; no more by itself
+    SNOOZE = "snooze"  #: the task asked to run later
+    RELEASE = "release"  #: given back uncharged
+    SWEEP = "sweep"  #: the lease ran out; pending again, or dead
+    CANCEL = "cancel"
+    REPLAY = "replay"  #: a final job put back to pending
+    REPLACE = "replace"  #: an enqueue with the same unique key changed the pending job
+    DELETE = "delete"
+    PAUSE = "pause"  #: of a queue
+    RESUME = "resume"  #: of a queue
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """One fenced write: what becomes of a claimed job. It happens whole, with its event, or not at all."""
+
+    job_id: int
+    claim_token: uuid.UUID
+    attempt: int
+    status: JobStatus
+    event: EventType | None = None  #: None: the happy path, which the job's own row records
+    delay_seconds: float | None = None  #: for pending: due that long from now; None keeps `run_at`
+    charge_retry: bool = False
+    result_json: str | None = None
+    error: ErrorInfo | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EnqueueResult:
+    """What an enqueue did: the job's id, and whether this call inserted it."""
+
+    id: int
+    inserted: bool = True  #: False: the unique key was taken, and `id` is the job that has it
+
+
+@dataclass(frozen=True, slots=True)
+class SweepResult:
+    """Jobs whose lease had run out, by what became of them."""
+
+    returned: Sequence[int] = field(default=())  #: pending again, one retry charged
+    dead: Sequence[int] = field(default=())  #: no retry was left
+
+    @property
+    def count(self) -> int:
+        return len(self.returned) + len(self.dead)

@@ -1,0 +1,156 @@
+"""Wake-ups: tell workers that a queue has new jobs, so that they need not wait for their next poll.
+
+Only ever a hint. Delivery rests on polling; a lost or spurious wake-up changes nothing but time.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import sqlalchemy as sa
+
+logger = logging.getLogger(__name__)
+
+#: SQLAlchemy reports the commit of a bare Connection just before it happens; a wake-up then waits this long.
+COMMIT_GRACE_SECONDS = 0.005
+
+#: Wake-ups of one process within this time become one NOTIFY per queue.
+COALESCE_SECONDS = 0.005
+
+#: A sender with nothing to send gives its connection back after this time.
+IDLE_SECONDS = 30.0
+
+#: How long a process that ends waits for its last wake-ups to go out.
+EXIT_WAIT_SECONDS = 0.5
+
+#: Between two checks that the connection that listens is still alive.
+LISTEN_CHECK_SECONDS = 15.0
+
+
+def channel(schema: str) -> str:
+    return f"pgqueue_{schema}"
+
+
+class WakeSender:
+    """Sends NOTIFYs from a thread and a connection of its own, so that no caller waits for one."""
+
+    def __init__(self, engine: Callable[[], sa.Engine], schema: str) -> None:
+        self._engine = engine
+        self._schema = schema
+        self._lock = threading.Lock()
+        self._wanted: set[str] = set()
+        self._not_before = 0.0
+        self._thread: threading.Thread | None = None
+        self._pid = os.getpid()
+        self._changed = threading.Event()
+
+    def __call__(self, queues: set[str], committed: bool) -> None:
+        if os.getpid() != self._pid:  # a forked child has neither the thread nor a usable connection
+            self._lock, self._changed, self._thread, self._pid = (
+                threading.Lock(),
+                threading.Event(),
+                None,
+                os.getpid(),
+            )
+        with self._lock:
+            self._wanted |= queues
+            if not committed:
+                self._not_before = time.monotonic() + COMMIT_GRACE_SECONDS
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="pgqueue-wake", daemon=True)
+                self._thread.start()
+                atexit.register(self._flush)
+        self._changed.set()
+
+    def _run(self) -> None:
+        connection: sa.Connection | None = None
+        try:
+            while True:
+                if not self._changed.wait(IDLE_SECONDS):
+                    with self._lock:
+                        if not self._wanted:
+                            self._thread = None
+                            return
+                self._changed.clear()
+                time.sleep(max(0.0, self._not_before - time.monotonic()))
+                with self._lock:
+                    queues, self._wanted = self._wanted, set()
+                if not queues:
+                    continue
+                try:
+                    connection = connection or self._connect()
+                    self._notify(connection, queues)
+                except Exception as error:  # noqa: BLE001 — only a hint is lost
+                    logger.debug("a wake-up was lost: %s", type(error).__name__)
+                    if connection is not None:
+                        connection.invalidate()
+                        connection.close()
+                        connection = None
+                time.sleep(COALESCE_SECONDS)
+        finally:
+            if connection is not None:
+                connection.close()
+
+    def _connect(self) -> sa.Connection:
+        return self._engine().connect().execution_options(isolation_level="AUTOCOMMIT")
+
+    def _notify(self, connection: sa.Connection, queues: set[str]) -> None:
+        calls = [{"channel": channel(self._schema), "queue": queue} for queue in sorted(queues)]
+        connection.execute(sa.text("SELECT pg_notify(:channel, :queue)"), calls)
+
+    def _flush(self) -> None:
+        deadline = time.monotonic() + EXIT_WAIT_SECONDS
+        while self._wanted and self._thread is not None and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+
+class WakeListener(threading.Thread):
+    """Calls `woken` with the name of each queue that is said to have new jobs, until stopped.
+
+    After each new connection it calls `woken` for every queue (None), because what was sent meanwhile is lost.
+    """
+
+    def __init__(self, engine: sa.Engine, schema: str, woken: Callable[[str | None], None]) -> None:
+        super().__init__(name="pgqueue-listen", daemon=True)
+        self._engine = engine
+        self._schema = schema
+        self._woken = woken
+        self._stop_requested = threading.Event()
+
+    def stop(self) -> None:
+        self._stop_requested.set()
+
+    def run(self) -> None:
+        wait = 0.5
+        while not self._stop_requested.is_set():
+            try:
+                with self._engine.connect() as connection:
+                    listening = connection.execution_options(isolation_level="AUTOCOMMIT")
+                    listening.exec_driver_sql(f'LISTEN "{channel(self._schema)}"')
+                    self._woken(None)
+                    wait = 0.5
+                    try:
+                        self._listen(listening)
+                    finally:
+                        listening.invalidate()  # never back into the pool while it listens
+            except Exception as error:  # noqa: BLE001 — polling goes on
+                if not self._stop_requested.is_set():
+                    logger.debug("not listening for wake-ups (%s); polling goes on", type(error).__name__)
+                self._stop_requested.wait(wait)
+                wait = min(wait * 2, 15.0)
+
+    def _listen(self, connection: sa.Connection) -> None:
+        driver: Any = connection.connection.driver_connection
+        checked = time.monotonic()
+        while not self._stop_requested.is_set():
+            for notice in driver.notifies(timeout=0.5, stop_after=1):
+                self._woken(notice.payload)
+            if time.monotonic() - checked > LISTEN_CHECK_SECONDS:
+                driver.execute("SELECT 1")
+                checked = time.monotonic()

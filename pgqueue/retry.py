@@ -1,0 +1,122 @@
+"""When a failed attempt is tried again, and what becomes of a job after an attempt: policy, as pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+from pgqueue.errors import ConfigurationError
+from pgqueue.job import (
+    Cancelled,
+    ClaimedJob,
+    Completed,
+    Discarded,
+    EventType,
+    Failed,
+    JobStatus,
+    Outcome,
+    Released,
+    Snoozed,
+    Transition,
+)
+
+Backoff = Literal["exponential", "linear", "constant"]
+
+#: Above this exponent the power overflows a float long after any cap was reached.
+_EXPONENT_MAX = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """How failed attempts of a task are retried. Times are in seconds.
+
+    The n-th retry (n from 1) waits, before jitter and at most `cap`:
+
+    * ``"exponential"``: ``base * 2 ** (n - 1)``; with ``base=2``: 2, 4, 8, 16, …
+    * ``"linear"``: ``base * n``
+    * ``"constant"``: ``base``
+    * a callable: what it returns for n
+
+    With `jitter` the wait is drawn evenly from the upper half of that ("equal jitter" of M. Brooker,
+    "Exponential Backoff And Jitter", AWS Architecture Blog, 2015): retries of many jobs spread out, and none
+    comes at once.
+    """
+
+    max_retries: int = 3  #: retries after the first attempt; 0: a failed attempt makes the job dead
+    backoff: Backoff | Callable[[int], float | timedelta] = "exponential"
+    base: float = 2.0
+    cap: float = 300.0
+    jitter: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_retries <= 32767:
+            raise ConfigurationError(f"max_retries must be between 0 and 32767, got {self.max_retries!r}")
+        if not callable(self.backoff) and self.backoff not in ("exponential", "linear", "constant"):
+            raise ConfigurationError(
+                "backoff must be 'exponential', 'linear', 'constant' or a function from the retry's number "
+                f"to seconds, got {self.backoff!r}"
+            )
+        if not 0 <= self.base < float("inf"):
+            raise ConfigurationError(f"base must be a number of seconds from 0, got {self.base!r}")
+        if not 0 <= self.cap < float("inf"):
+            raise ConfigurationError(f"cap must be a number of seconds from 0, got {self.cap!r}")
+
+    def delay(self, retry: int, random: float) -> float:
+        """Seconds to wait before the `retry`-th retry (from 1); `random` in [0, 1) decides the jitter."""
+        if callable(self.backoff):
+            wait = as_seconds(self.backoff(retry))
+        elif self.backoff == "exponential":
+            exponent = retry - 1
+            wait = self.cap if exponent > _EXPONENT_MAX else self.base * 2.0**exponent
+        elif self.backoff == "linear":
+            wait = self.base * retry
+        else:
+            wait = self.base
+        wait = min(max(wait, 0.0), self.cap)
+        return wait * (1 + random) / 2 if self.jitter else wait
+
+
+def as_seconds(duration: float | timedelta) -> float:
+    """A duration in seconds."""
+    return duration.total_seconds() if isinstance(duration, timedelta) else float(duration)
+
+
+def decide(job: ClaimedJob, outcome: Outcome, policy: Retry, random: float) -> Transition:
+    """What becomes of `job` after an attempt that ended in `outcome`. `random` in [0, 1) is for the jitter.
+
+    The allowance is the job's own `max_retries`, fixed when it was enqueued; the policy gives the waiting time.
+    """
+
+    def become(status: JobStatus, event: EventType | None = None, **what: Any) -> Transition:
+        return Transition(job.id, job.claim_token, job.attempt, status, event, **what)
+
+    match outcome:
+        case Completed(result_json):
+            return become(JobStatus.COMPLETED, result_json=result_json)
+        case Failed(error) if job.retries < job.max_retries:
+            wait = policy.delay(job.retries + 1, random)
+            return become(
+                JobStatus.PENDING,
+                EventType.RETRY,
+                delay_seconds=wait,
+                charge_retry=True,
+                error=error,
+                reason=f"retry {job.retries + 1} of {job.max_retries} in {wait:.1f} s",
+            )
+        case Failed(error):
+            return become(
+                JobStatus.DEAD,
+                EventType.DEAD,
+                error=error,
+                reason=f"failed with all {job.max_retries} retries used" if job.max_retries else "failed; no retries",
+            )
+        case Discarded(reason, error):
+            return become(JobStatus.DEAD, EventType.DEAD, error=error, reason=reason)
+        case Cancelled(reason):
+            return become(JobStatus.CANCELLED, EventType.CANCEL, reason=reason)
+        case Snoozed(delay_seconds, reason):
+            return become(JobStatus.PENDING, EventType.SNOOZE, delay_seconds=delay_seconds, reason=reason)
+        case Released(reason, delay_seconds):
+            return become(JobStatus.PENDING, EventType.RELEASE, delay_seconds=delay_seconds, reason=reason)

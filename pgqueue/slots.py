@@ -1,0 +1,167 @@
+"""One queue in one worker: a buffer of claimed jobs, and a fixed number of slots that run them.
+
+A slot runs one job at a time, a `def` task in a thread or an `async def` task on the event loop. A slot that is
+done takes the next job from the buffer by itself; nothing in between but a lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+from pgqueue.job import ClaimedJob
+
+#: A claim brings about this much work per slot: short jobs come by the hundred, long ones one by one.
+PREFETCH_SECONDS = 0.1
+
+#: The most jobs in one claim, and ahead of the slots.
+CLAIM_JOBS_MAX = 500
+
+#: How much the newest run time counts in the running average.
+RUN_TIME_WEIGHT = 0.05
+
+
+class JobRunner(Protocol):
+    """What slots need of their worker."""
+
+    def is_async(self, job: ClaimedJob) -> bool: ...
+
+    def run_sync(self, job: ClaimedJob) -> None:
+        """Run the job and hand over its outcome. Never raises."""
+
+    async def run_async(self, job: ClaimedJob) -> None:
+        """Likewise, on the event loop."""
+
+    def call_in_loop(self, slots: Slots, job: ClaimedJob, asked_at: float) -> None:
+        """Have the event loop run `slots.run_in_loop(job, asked_at)`."""
+
+    def claim_is_stale(self, asked_at: float) -> bool:
+        """Whether a claim asked for then (monotonic seconds) may have run out unseen."""
+
+    def drop_stale(self, job: ClaimedJob) -> None:
+        """Give such a job back."""
+
+    def room_again(self) -> None:
+        """The buffer runs low."""
+
+    def slot_freed(self) -> None:
+        """A slot has nothing to do."""
+
+
+class Slots:
+    """The buffer and the slots of one queue."""
+
+    def __init__(self, worker: JobRunner, name: str, count: int, prefetch: int | None) -> None:
+        self.name = name
+        self.looks_empty_until = 0.0  #: monotonic; the last claim found fewer jobs than asked for
+        self.started = 0  #: jobs taken in so far
+        self._worker = worker
+        self._count = count
+        self._prefetch = prefetch
+        self._lock = threading.Lock()
+        self._buffer: deque[tuple[ClaimedJob, float]] = deque()
+        self._free = count
+        self._threads = 0
+        self._inbox: queue.SimpleQueue[tuple[ClaimedJob, float] | None] = queue.SimpleQueue()
+        self._run_seconds: float | None = None
+        self._closed = False
+
+    @property
+    def running(self) -> int:
+        return self._count - self._free
+
+    def wanted(self) -> int:
+        """How many jobs to claim now; 0 while the buffer is full enough."""
+        with self._lock:
+            ahead = self._ahead()
+            if self._closed or (self._free == 0 and len(self._buffer) > ahead // 2):
+                return 0
+            return max(0, min(self._free + ahead - len(self._buffer), CLAIM_JOBS_MAX))
+
+    def add(self, jobs: Sequence[ClaimedJob], asked_at: float) -> None:
+        """Take in claimed jobs, asked for at that monotonic second, and start as many as there are slots."""
+        with self._lock:
+            self.started += len(jobs)
+            self._buffer.extend((job, asked_at) for job in jobs)
+            while self._free and self._buffer and not self._closed:
+                self._free -= 1
+                self._start(*self._buffer.popleft())
+
+    def close(self) -> list[ClaimedJob]:
+        """Start nothing more; the jobs that were not started."""
+        with self._lock:
+            self._closed = True
+            unstarted = [job for job, _ in self._buffer]
+            self._buffer.clear()
+            for _ in range(self._threads):
+                self._inbox.put(None)
+            return unstarted
+
+    def _ahead(self) -> int:
+        """How many jobs to hold ahead of the slots."""
+        if self._prefetch is not None:
+            return self._prefetch
+        if self._run_seconds is None or self._run_seconds >= PREFETCH_SECONDS:
+            return 0
+        return min(CLAIM_JOBS_MAX, int(self._count * PREFETCH_SECONDS / max(self._run_seconds, 1e-6)))
+
+    def _start(self, job: ClaimedJob, asked_at: float) -> None:
+        """Run a job in a slot that is already taken for it. Called with the lock held."""
+        if self._worker.is_async(job):
+            self._worker.call_in_loop(self, job, asked_at)
+            return
+        self._inbox.put((job, asked_at))
+        if self._threads < self._count and self._threads < self.running:
+            self._threads += 1
+            threading.Thread(target=self._run_thread, name=f"pgqueue-{self.name}", daemon=True).start()
+
+    def _run_thread(self) -> None:
+        while (taken := self._inbox.get()) is not None:
+            following: tuple[ClaimedJob, float] | None = taken
+            while following is not None:
+                job, asked_at = following
+                began = time.monotonic()
+                if self._worker.claim_is_stale(asked_at):
+                    self._worker.drop_stale(job)
+                else:
+                    self._worker.run_sync(job)
+                following = self._next(began, in_loop=False)
+
+    async def run_in_loop(self, job: ClaimedJob, asked_at: float) -> None:
+        """A slot on the event loop: run this job and then those that follow it."""
+        following: tuple[ClaimedJob, float] | None = (job, asked_at)
+        while following is not None:
+            job, asked_at = following
+            began = time.monotonic()
+            if self._worker.claim_is_stale(asked_at):
+                self._worker.drop_stale(job)
+            else:
+                await self._worker.run_async(job)
+            following = self._next(began, in_loop=True)
+            if following is not None:
+                await asyncio.sleep(0)  # the other slots' turn
+
+    def _next(self, began: float, *, in_loop: bool) -> tuple[ClaimedJob, float] | None:
+        """After a job: the next one for the same slot, or None when the slot is free or went to the other kind."""
+        took = time.monotonic() - began
+        with self._lock:
+            average = self._run_seconds
+            self._run_seconds = took if average is None else average + (took - average) * RUN_TIME_WEIGHT
+            low = len(self._buffer) == self._ahead() // 2
+            following = None
+            if self._buffer and not self._closed:
+                following = self._buffer.popleft()
+                if self._worker.is_async(following[0]) is not in_loop:
+                    self._start(*following)
+                    following = None
+            else:
+                self._free += 1
+        if low or following is None:
+            self._worker.room_again()
+            self._worker.slot_freed()
+        return following

@@ -1,0 +1,930 @@
+"""Every statement on pgqueue's tables, one function an operation.
+
+A function takes the connection first, works in the transaction it finds there, and never commits, logs or
+retries. Statements are built once per set of tables and parameters only vary.
+
+Locks: the statements that touch many jobs (claim, extend, sweep, prune) skip rows that somebody else has locked
+and so never wait. Only `finish` waits, and a claim token makes its rows belong to one worker. Therefore no two of
+these statements can wait for each other.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+import sqlalchemy as sa
+
+from pgqueue import dialect
+from pgqueue.dialect import TextArray, id_in, json_of, now, seconds_from_now, seconds_since, text_in
+from pgqueue.errors import DuplicateJob, IllegalTransition, JobNotFound
+from pgqueue.job import (
+    FINAL_STATUSES,
+    ClaimedJob,
+    EnqueueResult,
+    EventType,
+    Job,
+    JobStatus,
+    NewJob,
+    OnConflict,
+    SweepResult,
+    Transition,
+)
+from pgqueue.schema import OPEN_WITH_KEY, Tables
+
+#: Literals, never parameters: a plan for any value of a parameter cannot use a partial index.
+PENDING: sa.ColumnClause[str] = sa.literal_column("'pending'")
+RUNNING: sa.ColumnClause[str] = sa.literal_column("'running'")
+COMPLETED: sa.ColumnClause[str] = sa.literal_column("'completed'")
+DEAD: sa.ColumnClause[str] = sa.literal_column("'dead'")
+CANCELLED: sa.ColumnClause[str] = sa.literal_column("'cancelled'")
+
+#: Jobs per INSERT of a bulk enqueue.
+INSERT_JOBS_MAX = 1_000
+
+#: Bytes of payload per INSERT of a bulk enqueue.
+INSERT_BYTES_MAX = 8 * 1024 * 1024
+
+#: How often an enqueue looks again when the job that has its unique key finishes at that very moment.
+CONFLICT_ROUNDS_MAX = 5
+
+Claim = tuple[int, uuid.UUID]  # a job's id and the token it was claimed with
+
+
+# Enqueue ---------------------------------------------------------------------------------------------------
+
+
+def insert_job(
+    connection: sa.Connection,
+    tables: Tables,
+    job: NewJob,
+    *,
+    on_conflict: OnConflict = OnConflict.SKIP,
+    actor: str = "enqueue",
+) -> EnqueueResult:
+    """Store one job. With a unique key that an open job of the task has, `on_conflict` decides."""
+    insert = _insert_job(tables, job.delay_seconds is not None, job.run_at is not None, job.unique_key is not None)
+    parameters = _job_parameters(job)
+    if job.unique_key is None:
+        return EnqueueResult(connection.execute(insert, parameters).scalar_one())
+
+    holder = _key_holder(tables)
+    for _ in range(CONFLICT_ROUNDS_MAX):
+        inserted = connection.execute(insert, parameters).scalar_one_or_none()
+        if inserted is not None:
+            return EnqueueResult(inserted)
+        if on_conflict is OnConflict.REPLACE:
+            replaced = _replace_pending(connection, tables, job, actor)
+            if replaced is not None:
+                return EnqueueResult(replaced, inserted=False)
+        found = connection.execute(holder, {"task": job.task, "unique_key": job.unique_key}).one_or_none()
+        if found is None:
+            continue  # it finished in between
+        if on_conflict is OnConflict.SKIP:
+            return EnqueueResult(found.id, inserted=False)
+        if on_conflict is OnConflict.REPLACE and found.status == JobStatus.PENDING:
+            continue  # it was put back to pending in between
+        why = "it is running, so its payload can no longer be replaced" if on_conflict is OnConflict.REPLACE else ""
+        raise DuplicateJob(
+            f"task {job.task!r} already has the {found.status} job {found.id} with the unique key "
+            f"{job.unique_key!r}" + (f": {why}" if why else "")
+        )
+    raise DuplicateJob(
+        f"task {job.task!r}: the unique key {job.unique_key!r} changed hands {CONFLICT_ROUNDS_MAX} times "
+        "while this job was being enqueued; try again"
+    )
+
+
+def insert_jobs(connection: sa.Connection, tables: Tables, template: NewJob, payloads_json: Sequence[str]) -> list[int]:
+    """Store a job like `template` for each payload; their ids, in the payloads' order."""
+    insert = _insert_jobs(tables, template.delay_seconds is not None, template.run_at is not None)
+    parameters = _job_parameters(template)
+    del parameters["payload"]
+    ids: list[int] = []
+    for chunk in _chunks(payloads_json):
+        ids.extend(connection.execute(insert, {**parameters, "payloads": f"[{','.join(chunk)}]"}).scalars())
+    return ids
+
+
+def _chunks(payloads_json: Sequence[str]) -> Iterable[list[str]]:
+    chunk: list[str] = []
+    size = 0
+    for payload in payloads_json:
+        if chunk and (len(chunk) == INSERT_JOBS_MAX or size + len(payload) > INSERT_BYTES_MAX):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(payload)
+        size += len(payload)
+    if chunk:
+        yield chunk
+
+
+def _job_parameters(job: NewJob) -> dict[str, Any]:
+    parameters: dict[str, Any] = {
+        "task": job.task,
+        "payload": job.payload_json,
+        "queue": job.queue,
+        "priority": job.priority,
+        "max_retries": job.max_retries,
+        "metadata": job.metadata_json,
+    }
+    if job.delay_seconds is not None:
+        parameters["delay"] = job.delay_seconds
+    if job.run_at is not None:
+        parameters["run_at"] = job.run_at
+    if job.unique_key is not None:
+        parameters["unique_key"] = job.unique_key
+    return parameters
+
+
+def _run_at(has_delay: bool, has_run_at: bool) -> Any:
+    if has_delay:
+        return seconds_from_now(sa.bindparam("delay", type_=sa.Float()))
+    if has_run_at:
+        return sa.bindparam("run_at", type_=dialect.UTCDateTime())
+    return now()
+
+
+@lru_cache
+def _insert_job(tables: Tables, has_delay: bool, has_run_at: bool, has_key: bool) -> Any:
+    jobs = tables.jobs
+    values = {
+        "task": sa.bindparam("task", type_=sa.Text()),
+        "payload": json_of(sa.bindparam("payload", type_=sa.Text())),
+        "queue": sa.bindparam("queue", type_=sa.Text()),
+        "priority": sa.bindparam("priority", type_=sa.SmallInteger()),
+        "max_retries": sa.bindparam("max_retries", type_=sa.SmallInteger()),
+        "metadata": json_of(sa.bindparam("metadata", type_=sa.Text())),
+        "run_at": _run_at(has_delay, has_run_at),
+    }
+    statement = dialect.insert(tables.dialect_name, jobs)
+    if has_key:
+        values["unique_key"] = sa.bindparam("unique_key", type_=sa.Text())
+        statement = statement.on_conflict_do_nothing(
+            index_elements=[jobs.c.task, jobs.c.unique_key], index_where=sa.text(OPEN_WITH_KEY)
+        )
+    return statement.values(values).returning(jobs.c.id)
+
+
+@lru_cache
+def _insert_jobs(tables: Tables, has_delay: bool, has_run_at: bool) -> sa.Insert:
+    jobs = tables.jobs
+    payloads, payload, position = dialect.documents(tables.dialect_name, "payloads")
+    columns = {
+        "task": sa.bindparam("task", type_=sa.Text()),
+        "payload": payload,
+        "queue": sa.bindparam("queue", type_=sa.Text()),
+        "priority": sa.bindparam("priority", type_=sa.SmallInteger()),
+        "max_retries": sa.bindparam("max_retries", type_=sa.SmallInteger()),
+        "metadata": json_of(sa.bindparam("metadata", type_=sa.Text())),
+        "run_at": _run_at(has_delay, has_run_at),
+    }
+    select = sa.select(*(value.label(name) for name, value in columns.items())).select_from(payloads)
+    return sa.insert(jobs).from_select(list(columns), select.order_by(position)).returning(jobs.c.id)
+
+
+@lru_cache
+def _key_holder(tables: Tables) -> sa.Select[Any]:
+    jobs = tables.jobs
+    return sa.select(jobs.c.id, jobs.c.status).where(
+        jobs.c.task == sa.bindparam("task"),
+        jobs.c.unique_key == sa.bindparam("unique_key"),
+        sa.text("status IN ('pending', 'running')"),
+    )
+
+
+def _replace_pending(connection: sa.Connection, tables: Tables, job: NewJob, actor: str) -> int | None:
+    jobs = tables.jobs
+    replaced = connection.execute(
+        sa.update(jobs)
+        .where(jobs.c.task == job.task, jobs.c.unique_key == job.unique_key, jobs.c.status == PENDING)
+        .values(
+            payload=json_of(sa.literal(job.payload_json, sa.Text())),
+            metadata=json_of(sa.literal(job.metadata_json, sa.Text())),
+            queue=job.queue,
+            priority=job.priority,
+            max_retries=job.max_retries,
+            run_at=_run_at(job.delay_seconds is not None, job.run_at is not None),
+        )
+        .returning(jobs.c.id),
+        {"delay": job.delay_seconds, "run_at": job.run_at},
+    ).scalar_one_or_none()
+    if replaced is not None:
+        _record(
+            connection,
+            tables,
+            [
+                {
+                    "job_id": replaced,
+                    "queue": job.queue,
+                    "task": job.task,
+                    "event": EventType.REPLACE,
+                    "actor": actor,
+                    "from_status": JobStatus.PENDING,
+                    "to_status": JobStatus.PENDING,
+                    "reason": "enqueued again with the same unique key",
+                }
+            ],
+        )
+    return replaced
+
+
+# Claim, extend, finish -------------------------------------------------------------------------------------
+
+
+def claim(
+    connection: sa.Connection,
+    tables: Tables,
+    *,
+    queue: str,
+    worker: str,
+    token: uuid.UUID,
+    limit: int,
+    lease: float,
+    tasks: Sequence[str] | None = None,
+) -> list[ClaimedJob]:
+    """Claim up to `limit` due jobs of one queue, for `lease` seconds, under a token never used before.
+
+    Only jobs of the named tasks, when names are given. Highest priority first, then longest due, then lowest id.
+    Nothing from a paused queue.
+    """
+    parameters: dict[str, Any] = {
+        "of_queue": queue,
+        "worker": worker,
+        "token": token,
+        "limit": limit,
+        "lease": lease,
+    }
+    if tasks is not None:
+        parameters["tasks"] = list(tasks)
+    rows = connection.execute(_claim(tables, tasks is not None), parameters).all()
+    claimed = [
+        ClaimedJob(
+            id=row[0],
+            queue=queue,
+            task=row[1],
+            payload_json=row[2],
+            priority=row[3],
+            run_at=row[4],
+            attempt=row[5],
+            retries=row[6],
+            max_retries=row[7],
+            claimed_by=worker,
+            claim_token=token,
+            created_at=row[8],
+            metadata_json=row[9],
+        )
+        for row in rows
+    ]
+    # An UPDATE returns its rows in no particular order.
+    claimed.sort(key=lambda job: (-job.priority, job.run_at, job.id))
+    return claimed
+
+
+@lru_cache
+def _claim(tables: Tables, of_tasks: bool) -> sa.Update:
+    jobs, queues = tables.jobs, tables.queues
+    queue = sa.bindparam("of_queue", type_=sa.Text())
+    paused = (
+        sa.select(sa.literal_column("1"))
+        .select_from(queues)
+        .where(
+            queues.c.name == queue,
+            queues.c.paused_at.is_not(None),
+            sa.or_(queues.c.paused_until.is_(None), queues.c.paused_until > now()),
+        )
+        .exists()
+    )
+    filters = sa.and_(jobs.c.queue == queue, sa.not_(paused))
+    if of_tasks:
+        filters = sa.and_(filters, text_in(jobs.c.task, sa.bindparam("tasks", type_=TextArray())))
+    ids = dialect.claimable(tables.dialect_name, jobs, filters, sa.bindparam("limit", type_=sa.Integer()))
+    return (
+        sa.update(jobs)
+        .where(id_in(jobs.c.id, ids))
+        .values(
+            status=RUNNING,
+            claimed_by=sa.bindparam("worker", type_=sa.Text()),
+            claim_token=sa.bindparam("token", type_=sa.Uuid()),
+            claimed_at=now(),
+            claim_expires_at=seconds_from_now(sa.bindparam("lease", type_=sa.Float())),
+            attempt=jobs.c.attempt + sa.literal_column("1"),
+        )
+        .returning(
+            jobs.c.id,
+            jobs.c.task,
+            sa.cast(jobs.c.payload, sa.Text),
+            jobs.c.priority,
+            jobs.c.run_at,
+            jobs.c.attempt,
+            jobs.c.retries,
+            jobs.c.max_retries,
+            jobs.c.created_at,
+            sa.cast(jobs.c.metadata, sa.Text),
+        )
+    )
+
+
+def extend(connection: sa.Connection, tables: Tables, claims: Iterable[Claim], *, lease: float) -> set[int]:
+    """Let these claims end `lease` seconds from now; the ids of those that are still held.
+
+    A job whose row is locked (it is being finished, or swept, at this moment) counts as held if its token still
+    matches, and is not extended.
+    """
+    document = _claims_document(claims)
+    extended = set(connection.execute(_extend(tables), {"claims": document, "lease": lease}).scalars())
+    return extended | set(connection.execute(_held(tables), {"claims": document}).scalars())
+
+
+def _claims_document(claims: Iterable[Claim]) -> str:
+    return json.dumps([{"id": job_id, "token": token.hex} for job_id, token in claims])
+
+
+@lru_cache
+def _held(tables: Tables, lock: bool = False) -> sa.Select[Any]:
+    jobs = tables.jobs
+    claims = dialect.rows(tables.dialect_name, "claims", sa.column("id", sa.BigInteger), sa.column("token", sa.Uuid))
+    held = sa.select(jobs.c.id).join(claims, sa.and_(jobs.c.id == claims.c.id, jobs.c.claim_token == claims.c.token))
+    return held.with_for_update(of=jobs, skip_locked=True) if lock else held
+
+
+@lru_cache
+def _extend(tables: Tables) -> sa.Update:
+    jobs = tables.jobs
+    return (
+        sa.update(jobs)
+        .where(id_in(jobs.c.id, _held(tables, lock=True).scalar_subquery()))
+        .values(claim_expires_at=seconds_from_now(sa.bindparam("lease", type_=sa.Float())))
+        .returning(jobs.c.id)
+    )
+
+
+def finish(connection: sa.Connection, tables: Tables, transitions: Sequence[Transition], *, actor: str) -> set[int]:
+    """Write how attempts ended, with their events; the ids of the jobs that were written.
+
+    A job that is missing in the result was claimed again or finished by somebody else: nothing of it was written.
+    """
+    completed = [transition for transition in transitions if transition.status is JobStatus.COMPLETED]
+    others = [transition for transition in transitions if transition.status is not JobStatus.COMPLETED]
+    written: set[int] = set()
+    if completed:
+        written.update(connection.execute(_complete(tables), {"finished": _completed_document(completed)}).scalars())
+    if others:
+        moved = {row.id: row for row in connection.execute(_move(tables), {"finished": _moved_document(others)})}
+        written.update(moved)
+        _record(
+            connection,
+            tables,
+            [
+                {
+                    "job_id": transition.job_id,
+                    "queue": moved[transition.job_id].queue,
+                    "task": moved[transition.job_id].task,
+                    "event": transition.event,
+                    "actor": actor,
+                    "attempt": transition.attempt,
+                    "from_status": JobStatus.RUNNING,
+                    "to_status": transition.status,
+                    "reason": transition.reason,
+                    "error": transition.error.as_dict() if transition.error else None,
+                }
+                for transition in others
+                if transition.job_id in moved
+            ],
+        )
+    return written
+
+
+def _completed_document(transitions: Sequence[Transition]) -> str:
+    ordered = sorted(transitions, key=lambda transition: transition.job_id)
+    return json.dumps([{"id": t.job_id, "token": t.claim_token.hex, "result": t.result_json} for t in ordered])
+
+
+def _moved_document(transitions: Sequence[Transition]) -> str:
+    ordered = sorted(transitions, key=lambda transition: transition.job_id)
+    return json.dumps(
+        [
+            {
+                "id": t.job_id,
+                "token": t.claim_token.hex,
+                "status": t.status,
+                "delay": t.delay_seconds,
+                "charge": int(t.charge_retry),
+                "error": json.dumps(t.error.as_dict()) if t.error else None,
+            }
+            for t in ordered
+        ]
+    )
+
+
+@lru_cache
+def _complete(tables: Tables) -> sa.Update:
+    jobs = tables.jobs
+    finished = dialect.rows(
+        tables.dialect_name,
+        "finished",
+        sa.column("id", sa.BigInteger),
+        sa.column("token", sa.Uuid),
+        sa.column("result", sa.Text),
+    )
+    # The token is NULL unless the job is running, so it is the whole fence. Naming the status as well would
+    # lead the planner to the index of running jobs, which is slow while an old snapshot is held.
+    return (
+        sa.update(jobs)
+        .where(jobs.c.id == finished.c.id, jobs.c.claim_token == finished.c.token)
+        .values(
+            status=COMPLETED,
+            claim_token=sa.null(),
+            claim_expires_at=sa.null(),
+            finished_at=now(),
+            result=json_of(finished.c.result),
+        )
+        .returning(jobs.c.id)
+    )
+
+
+@lru_cache
+def _move(tables: Tables) -> sa.Update:
+    jobs = tables.jobs
+    finished = dialect.rows(
+        tables.dialect_name,
+        "finished",
+        sa.column("id", sa.BigInteger),
+        sa.column("token", sa.Uuid),
+        sa.column("status", sa.Text),
+        sa.column("delay", sa.Double),
+        sa.column("charge", sa.Integer),
+        sa.column("error", sa.Text),
+    )
+    return (
+        sa.update(jobs)
+        .where(jobs.c.id == finished.c.id, jobs.c.claim_token == finished.c.token)
+        .values(
+            status=finished.c.status,
+            claim_token=sa.null(),
+            claim_expires_at=sa.null(),
+            run_at=sa.case((finished.c.delay.is_not(None), seconds_from_now(finished.c.delay)), else_=jobs.c.run_at),
+            retries=jobs.c.retries + finished.c.charge,
+            error=sa.func.coalesce(json_of(finished.c.error), jobs.c.error),
+            finished_at=sa.case((finished.c.status != PENDING, now())),
+        )
+        .returning(jobs.c.id, jobs.c.queue, jobs.c.task)
+    )
+
+
+def release_claim(connection: sa.Connection, tables: Tables, token: uuid.UUID, *, actor: str) -> list[int]:
+    """Give back every job of one claim: its worker never learnt whether the claim was made."""
+    jobs = tables.jobs
+    released = connection.execute(
+        sa.update(jobs)
+        .where(jobs.c.status == RUNNING, jobs.c.claim_token == token)
+        .values(status=PENDING, claim_token=sa.null(), claim_expires_at=sa.null())
+        .returning(jobs.c.id, jobs.c.queue, jobs.c.task, jobs.c.attempt)
+    ).all()
+    _record_all(
+        connection,
+        tables,
+        released,
+        event=EventType.RELEASE,
+        actor=actor,
+        from_status=JobStatus.RUNNING,
+        to_status=JobStatus.PENDING,
+        reason="the answer to the claim was lost",
+    )
+    return [row.id for row in released]
+
+
+def sweep(connection: sa.Connection, tables: Tables, *, limit: int, actor: str) -> SweepResult:
+    """Take up to `limit` jobs from workers whose lease has run out: pending again with a retry charged, or dead.
+
+    One statement, which checks the lease again once it has the row's lock: a job that was just finished or
+    extended is left alone.
+    """
+    swept = connection.execute(_sweep(tables), {"limit": limit}).all()
+    for status in (JobStatus.PENDING, JobStatus.DEAD):
+        _record_all(
+            connection,
+            tables,
+            [row for row in swept if row.status == status],
+            event=EventType.SWEEP,
+            actor=actor,
+            from_status=JobStatus.RUNNING,
+            to_status=status,
+            reason=lambda row: f"the lease of {row.claimed_by} ran out",
+        )
+    return SweepResult(
+        returned=[row.id for row in swept if row.status == JobStatus.PENDING],
+        dead=[row.id for row in swept if row.status == JobStatus.DEAD],
+    )
+
+
+@lru_cache
+def _sweep(tables: Tables) -> sa.Update:
+    jobs = tables.jobs
+    expired = (
+        sa.select(jobs.c.id)
+        .where(jobs.c.status == RUNNING, jobs.c.claim_expires_at < now())
+        .order_by(jobs.c.claim_expires_at)
+        .limit(sa.bindparam("limit", type_=sa.Integer()))
+        .with_for_update(skip_locked=True)
+    )
+    exhausted = jobs.c.retries >= jobs.c.max_retries
+    lost = '{"type": "WorkerLost", "message": "the worker did not finish within its lease", "traceback": ""}'
+    return (
+        sa.update(jobs)
+        .where(id_in(jobs.c.id, expired.scalar_subquery()))
+        .values(
+            status=sa.case((exhausted, DEAD), else_=PENDING),
+            retries=jobs.c.retries + sa.case((exhausted, sa.literal_column("0")), else_=sa.literal_column("1")),
+            finished_at=sa.case((exhausted, now())),
+            claim_token=sa.null(),
+            claim_expires_at=sa.null(),
+            error=json_of(sa.literal(lost, sa.Text())),
+        )
+        .returning(jobs.c.id, jobs.c.queue, jobs.c.task, jobs.c.attempt, jobs.c.status, jobs.c.claimed_by)
+    )
+
+
+# What people do to single jobs -----------------------------------------------------------------------------
+
+
+def get_job(connection: sa.Connection, tables: Tables, job_id: int) -> Job:
+    """The job with that id, as a plain object. Raises JobNotFound."""
+    row = connection.execute(sa.select(tables.jobs).where(tables.jobs.c.id == job_id)).one_or_none()
+    if row is None:
+        raise JobNotFound(f"there is no job {job_id}; it may have been deleted or pruned")
+    return Job(**row._mapping)
+
+
+def list_jobs(
+    connection: sa.Connection,
+    tables: Tables,
+    *,
+    status: str | None = None,
+    queue: str | None = None,
+    task: str | None = None,
+    before_id: int | None = None,
+    limit: int = 50,
+) -> list[Job]:
+    """Jobs that fit the filters, newest first."""
+    jobs = tables.jobs
+    query = sa.select(jobs).order_by(jobs.c.id.desc()).limit(limit)
+    if status is not None:
+        query = query.where(jobs.c.status == sa.literal_column(f"'{JobStatus(status)}'"))
+    if queue is not None:
+        query = query.where(jobs.c.queue == queue)
+    if task is not None:
+        query = query.where(jobs.c.task == task)
+    if before_id is not None:
+        query = query.where(jobs.c.id < before_id)
+    return [Job(**row._mapping) for row in connection.execute(query)]
+
+
+def list_events(connection: sa.Connection, tables: Tables, job_id: int) -> list[dict[str, Any]]:
+    """What was recorded of a job, oldest first."""
+    events = tables.job_events
+    query = sa.select(events).where(events.c.job_id == job_id).order_by(events.c.id)
+    return [dict(row._mapping) for row in connection.execute(query)]
+
+
+def cancel_job(connection: sa.Connection, tables: Tables, job_id: int, *, actor: str, reason: str | None) -> None:
+    """Withdraw a job that is not final. A running one is finished as cancelled: what its worker writes later is
+    refused by the fence. Raises JobNotFound or IllegalTransition."""
+    _change_job(
+        connection,
+        tables,
+        job_id,
+        allowed=(JobStatus.PENDING, JobStatus.RUNNING),
+        event=EventType.CANCEL,
+        to_status=JobStatus.CANCELLED,
+        actor=actor,
+        reason=reason,
+        values={"claim_token": sa.null(), "claim_expires_at": sa.null(), "finished_at": now()},
+    )
+
+
+def replay_job(connection: sa.Connection, tables: Tables, job_id: int, *, actor: str, reason: str | None) -> None:
+    """Put a dead or cancelled job back to pending, due now, with all its retries.
+
+    Raises JobNotFound, IllegalTransition, or DuplicateJob when another open job has its unique key meanwhile.
+    """
+    try:
+        with connection.begin_nested():
+            _change_job(
+                connection,
+                tables,
+                job_id,
+                allowed=(JobStatus.DEAD, JobStatus.CANCELLED),
+                event=EventType.REPLAY,
+                to_status=JobStatus.PENDING,
+                actor=actor,
+                reason=reason,
+                values={"retries": 0, "finished_at": sa.null(), "run_at": now()},
+            )
+    except sa.exc.IntegrityError:
+        raise DuplicateJob(
+            f"job {job_id} cannot be replayed: another job of its task with the same unique key is pending or running"
+        ) from None
+
+
+def delete_job(connection: sa.Connection, tables: Tables, job_id: int, *, actor: str, reason: str | None) -> None:
+    """Delete a job that is not running. What was recorded of it stays. Raises JobNotFound or IllegalTransition."""
+    jobs = tables.jobs
+    before = _lock_job(connection, tables, job_id)
+    if before.status == JobStatus.RUNNING:
+        raise IllegalTransition(f"job {job_id} is running; cancel it first")
+    connection.execute(sa.delete(jobs).where(jobs.c.id == job_id))
+    _record_all(
+        connection,
+        tables,
+        [before],
+        event=EventType.DELETE,
+        actor=actor,
+        from_status=before.status,
+        to_status=None,
+        reason=reason,
+    )
+
+
+def _change_job(
+    connection: sa.Connection,
+    tables: Tables,
+    job_id: int,
+    *,
+    allowed: Sequence[JobStatus],
+    event: EventType,
+    to_status: JobStatus,
+    actor: str,
+    reason: str | None,
+    values: Mapping[str, Any],
+) -> None:
+    before = _lock_job(connection, tables, job_id)
+    if before.status not in allowed:
+        raise IllegalTransition(
+            f"job {job_id} is {before.status}; only a {' or '.join(allowed)} job can become {to_status}"
+        )
+    jobs = tables.jobs
+    connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(status=to_status, **values))
+    _record_all(
+        connection,
+        tables,
+        [before],
+        event=event,
+        actor=actor,
+        from_status=before.status,
+        to_status=to_status,
+        reason=reason,
+    )
+
+
+def _lock_job(connection: sa.Connection, tables: Tables, job_id: int) -> sa.Row[Any]:
+    jobs = tables.jobs
+    found: Any = connection.execute(
+        sa.select(jobs.c.id, jobs.c.queue, jobs.c.task, jobs.c.attempt, jobs.c.status)
+        .where(jobs.c.id == job_id)
+        .with_for_update()
+    ).one_or_none()
+    if found is None:
+        raise JobNotFound(f"there is no job {job_id}; it may have been deleted or pruned")
+    row: sa.Row[Any] = found
+    return row
+
+
+# Queues ----------------------------------------------------------------------------------------------------
+
+
+def pause_queue(
+    connection: sa.Connection,
+    tables: Tables,
+    queue: str,
+    *,
+    seconds: float | None,
+    actor: str,
+    reason: str | None,
+) -> None:
+    """Let nothing be claimed from a queue, for so many seconds or until it is resumed."""
+    queues = tables.queues
+    until = sa.null() if seconds is None else seconds_from_now(sa.literal(seconds, sa.Float()))
+    values = {"paused_at": now(), "paused_until": until}
+    connection.execute(
+        dialect.insert(tables.dialect_name, queues)
+        .values(name=queue, **values)
+        .on_conflict_do_update(index_elements=[queues.c.name], set_=values)
+    )
+    reason = reason or (f"for {seconds:g} s" if seconds is not None else None)
+    _record(connection, tables, [{"queue": queue, "event": EventType.PAUSE, "actor": actor, "reason": reason}])
+
+
+def resume_queue(connection: sa.Connection, tables: Tables, queue: str, *, actor: str, reason: str | None) -> bool:
+    """End the pause of a queue; whether there was one."""
+    queues = tables.queues
+    ended = connection.execute(
+        sa.update(queues)
+        .where(queues.c.name == queue, queues.c.paused_at.is_not(None))
+        .values(paused_at=sa.null(), paused_until=sa.null())
+    ).rowcount
+    if ended:
+        _record(
+            connection,
+            tables,
+            [{"queue": queue, "event": EventType.RESUME, "actor": actor, "reason": reason}],
+        )
+    return bool(ended)
+
+
+@dataclass(frozen=True, slots=True)
+class QueueSummary:
+    """How many jobs of a queue stand where. `ready` and `scheduled` together are its pending jobs."""
+
+    queue: str
+    ready: int = 0  #: pending and due
+    scheduled: int = 0  #: pending, due later
+    retrying: int = 0  #: those of ready and scheduled that failed before
+    running: int = 0
+    completed: int = 0
+    dead: int = 0
+    cancelled: int = 0
+    oldest_ready_seconds: float | None = None  #: how long the longest waiting due job has been due
+    paused: bool = False
+    paused_until: datetime | None = None
+
+
+def summarize_queues(connection: sa.Connection, tables: Tables) -> list[QueueSummary]:
+    """A summary of every queue that has jobs or settings, by name."""
+    jobs, queues = tables.jobs, tables.queues
+
+    def count(*conditions: sa.ColumnElement[bool]) -> sa.ColumnElement[int]:
+        return sa.func.count(sa.case((sa.and_(*conditions), 1)))
+
+    pending, due = jobs.c.status == PENDING, jobs.c.run_at <= now()
+    counted = connection.execute(
+        sa.select(
+            jobs.c.queue,
+            count(pending, due).label("ready"),
+            count(pending, sa.not_(due)).label("scheduled"),
+            count(pending, jobs.c.retries > 0).label("retrying"),
+            count(jobs.c.status == RUNNING).label("running"),
+            count(jobs.c.status == COMPLETED).label("completed"),
+            count(jobs.c.status == DEAD).label("dead"),
+            count(jobs.c.status == CANCELLED).label("cancelled"),
+            seconds_since(sa.func.min(sa.case((sa.and_(pending, due), jobs.c.run_at)))).label("oldest_ready_seconds"),
+        ).group_by(jobs.c.queue)
+    )
+    summaries: dict[str, dict[str, Any]] = {row.queue: dict(row._mapping) for row in counted}
+    paused = connection.execute(
+        sa.select(queues.c.name, queues.c.paused_until).where(
+            queues.c.paused_at.is_not(None),
+            sa.or_(queues.c.paused_until.is_(None), queues.c.paused_until > now()),
+        )
+    )
+    for row in paused:
+        summaries.setdefault(row.name, {"queue": row.name}).update(paused=True, paused_until=row.paused_until)
+    return [QueueSummary(**summaries[name]) for name in sorted(summaries)]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenJobs:
+    """What a draining worker still has to wait for."""
+
+    due: int  #: pending and due, or pending because an attempt failed
+    running: int
+    next_run_seconds: float | None  #: until the next of the pending ones that failed before is due
+
+
+def open_jobs(connection: sa.Connection, tables: Tables, queues: Sequence[str], tasks: Sequence[str]) -> OpenJobs:
+    """How many jobs of these queues and tasks are due, retrying or running."""
+    row = connection.execute(_open_jobs(tables), {"queues": list(queues), "tasks": list(tasks)}).one()
+    wait = row.next_run_seconds
+    return OpenJobs(row.due, row.running, None if wait is None else max(0.0, -wait))
+
+
+@lru_cache
+def _open_jobs(tables: Tables) -> sa.Select[Any]:
+    jobs = tables.jobs
+    ours = sa.and_(
+        text_in(jobs.c.queue, sa.bindparam("queues", type_=TextArray())),
+        text_in(jobs.c.task, sa.bindparam("tasks", type_=TextArray())),
+    )
+    awaited = sa.or_(jobs.c.run_at <= now(), jobs.c.retries > 0)
+    pending = sa.select(sa.func.count().label("due"), seconds_since(sa.func.min(jobs.c.run_at)).label("wait")).where(
+        jobs.c.status == PENDING, awaited, ours
+    )
+    running = sa.select(sa.func.count()).select_from(jobs).where(jobs.c.status == RUNNING, ours)
+    due = pending.subquery("due")
+    return sa.select(due.c.due, running.scalar_subquery().label("running"), due.c.wait.label("next_run_seconds"))
+
+
+# Workers ---------------------------------------------------------------------------------------------------
+
+
+def beat(connection: sa.Connection, tables: Tables, worker: Mapping[str, Any]) -> None:
+    """Record that a worker is alive; `worker` holds the columns of its row."""
+    workers = tables.workers
+    connection.execute(
+        dialect.insert(tables.dialect_name, workers)
+        .values(**worker)
+        .on_conflict_do_update(index_elements=[workers.c.id], set_={"heartbeat_at": now()})
+    )
+
+
+def forget_worker(connection: sa.Connection, tables: Tables, worker_id: str) -> None:
+    connection.execute(sa.delete(tables.workers).where(tables.workers.c.id == worker_id))
+
+
+def forget_silent_workers(connection: sa.Connection, tables: Tables, *, seconds: float) -> None:
+    """Drop the rows of workers that gave no sign of life for so long. Their jobs are the sweep's business."""
+    workers = tables.workers
+    connection.execute(
+        sa.delete(workers).where(workers.c.heartbeat_at < seconds_from_now(sa.literal(-seconds, sa.Float())))
+    )
+
+
+def list_workers(connection: sa.Connection, tables: Tables) -> list[dict[str, Any]]:
+    workers = tables.workers
+    query = sa.select(workers, seconds_since(workers.c.heartbeat_at).label("silent_seconds")).order_by(workers.c.id)
+    return [dict(row._mapping) for row in connection.execute(query)]
+
+
+# Prune -----------------------------------------------------------------------------------------------------
+
+
+def prune(
+    connection: sa.Connection,
+    tables: Tables,
+    *,
+    older_than: float,
+    statuses: Sequence[JobStatus] = FINAL_STATUSES,
+    after_id: int = 0,
+    limit: int = 1_000,
+) -> tuple[int, int | None]:
+    """Delete up to `limit` jobs, and their events, that became final more than `older_than` seconds ago.
+
+    Works upwards from `after_id`. Returns how many were deleted and the id to go on after; None: that was all.
+    """
+    jobs, events = tables.jobs, tables.job_events
+    status: sa.ColumnClause[str] = sa.literal_column("(" + ", ".join(f"'{JobStatus(name)}'" for name in statuses) + ")")
+    doomed = connection.execute(
+        sa.select(jobs.c.id)
+        .where(
+            jobs.c.id > after_id,
+            jobs.c.status.op("IN")(status),
+            jobs.c.finished_at < seconds_from_now(sa.literal(-older_than, sa.Float())),
+        )
+        .order_by(jobs.c.id)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    ).scalars()
+    ids = list(doomed)
+    if not ids:
+        return 0, None
+    # Between two ids, so that each delete is one walk along an index, however many there are.
+    chosen = {"claims": json.dumps([{"id": job_id} for job_id in ids])}
+    rows = dialect.rows(tables.dialect_name, "claims", sa.column("id", sa.BigInteger))
+    connection.execute(sa.delete(events).where(id_in(events.c.job_id, sa.select(rows.c.id).scalar_subquery())), chosen)
+    connection.execute(sa.delete(jobs).where(id_in(jobs.c.id, sa.select(rows.c.id).scalar_subquery())), chosen)
+    return len(ids), ids[-1] if len(ids) == limit else None
+
+
+# Events ----------------------------------------------------------------------------------------------------
+
+
+def _record(connection: sa.Connection, tables: Tables, events: Sequence[Mapping[str, Any]]) -> None:
+    if events:
+        connection.execute(sa.insert(tables.job_events), list(events))
+
+
+def _record_all(
+    connection: sa.Connection,
+    tables: Tables,
+    rows: Sequence[sa.Row[Any]],
+    *,
+    event: EventType,
+    actor: str,
+    from_status: str | None,
+    to_status: str | None,
+    reason: Any,
+) -> None:
+    """The same event for each row of jobs; `reason` is a text or a function from the row to one."""
+    _record(
+        connection,
+        tables,
+        [
+            {
+                "job_id": row.id,
+                "queue": row.queue,
+                "task": row.task,
+                "event": event,
+                "actor": actor,
+                "attempt": row.attempt,
+                "from_status": from_status,
+                "to_status": to_status,
+                "reason": reason(row) if callable(reason) else reason,
+            }
+            for row in rows
+        ],
+    )

@@ -1,0 +1,206 @@
+"""A task: a registered function, what its payload may be, and how its jobs are to be treated.
+
+The payload is checked against the function's signature twice: when a job is enqueued, so that a mistake shows
+where it is made, and when it is run, because rows also come from SQL and from older code.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NotRequired, Required
+
+import pydantic
+import pydantic_core
+from typing_extensions import TypedDict
+
+from pgqueue.errors import ConfigurationError, InvalidPayload, InvalidTask
+from pgqueue.retry import Retry
+
+#: A payload is a request, not a document store: larger ones slow every claim of their queue.
+PAYLOAD_BYTES_MAX = 1024 * 1024
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:\-]{0,127}")
+
+
+def checked_name(kind: str, name: object) -> str:
+    """`name` if it can name a queue or task: letters, digits and `_ . : -`, at most 128 characters."""
+    if isinstance(name, str) and NAME_PATTERN.fullmatch(name):
+        return name
+    raise ConfigurationError(
+        f"{kind} name must be 1 to 128 letters, digits or any of _ . : - and not start with a sign, got {name!r}"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TaskDefinition:
+    """All a worker needs to know of a task."""
+
+    name: str
+    function: Callable[..., Any]
+    queue: str = "default"
+    priority: int = 0
+    retry: Retry = field(default_factory=Retry)
+    timeout: float | None = None  #: seconds an attempt may take; None: as long as it likes
+    transactional: bool = False  #: the function's first parameter is a Session that commits its own completion
+    payload_adapter: pydantic.TypeAdapter[Any] = field(init=False)
+    is_async: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        checked_name("task", self.name)
+        checked_name("queue", self.queue)
+        checked_priority(self.priority)
+        is_async = inspect.iscoroutinefunction(self.function)
+        if self.timeout is not None:
+            if not self.timeout > 0:
+                raise ConfigurationError(
+                    f"timeout of task {self.name!r} must be more than 0 seconds, got {self.timeout!r}"
+                )
+            if not is_async:
+                raise ConfigurationError(
+                    f"timeout of task {self.name!r}: only an `async def` task can be stopped at a timeout; "
+                    "a running thread cannot. Make the function `async def` or leave the timeout away"
+                )
+        object.__setattr__(self, "is_async", is_async)
+        object.__setattr__(self, "payload_adapter", _payload_adapter(self))
+
+    def encode(self, payload: Mapping[str, Any]) -> str:
+        """The payload as JSON text, checked against the signature. Raises InvalidPayload."""
+        if not isinstance(payload, Mapping):
+            raise InvalidPayload(
+                f"payload of task {self.name!r} must be a mapping of its parameters, got {type(payload).__name__}"
+            )
+        try:
+            checked = self.payload_adapter.validate_python(payload)
+            text = self.payload_adapter.dump_json(checked, warnings="none").decode()
+        except pydantic.ValidationError as error:
+            raise InvalidPayload(f"payload of task {self.name!r} does not fit: {_problems(error)}") from None
+        except (ValueError, TypeError, RecursionError) as error:
+            raise InvalidPayload(
+                f"payload of task {self.name!r} cannot be stored as JSON: {type(error).__name__}: {error}"
+            ) from None
+        return checked_json(text, f"payload of task {self.name!r}")
+
+    def decode(self, payload_json: str) -> dict[str, Any]:
+        """The keyword arguments that a stored payload stands for. Raises InvalidPayload."""
+        try:
+            arguments: dict[str, Any] = self.payload_adapter.validate_json(payload_json)
+        except pydantic.ValidationError as error:
+            raise InvalidPayload(f"payload of task {self.name!r} does not fit: {_problems(error)}") from None
+        return arguments
+
+
+def checked_priority(priority: object) -> int:
+    if isinstance(priority, int) and not isinstance(priority, bool) and -32768 <= priority <= 32767:
+        return priority
+    raise ConfigurationError(f"priority must be a whole number between -32768 and 32767, got {priority!r}")
+
+
+def encode_json(value: object, what: str) -> str:
+    """Any value as JSON text that both databases can store. Raises InvalidPayload, naming `what`."""
+    try:
+        text = pydantic_core.to_json(value, inf_nan_mode="constants").decode()
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InvalidPayload(f"{what} cannot be stored as JSON: {type(error).__name__}: {error}") from None
+    return checked_json(text, what)
+
+
+def checked_json(text: str, what: str) -> str:
+    """`text` if both databases can store it and it is not too large. Raises InvalidPayload, naming `what`.
+
+    PostgreSQL refuses NUL characters, NaN and Infinity in jsonb; SQLite would take them and break later.
+    """
+    size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+    if size > PAYLOAD_BYTES_MAX:
+        raise InvalidPayload(
+            f"{what} is {size:,} bytes of JSON, more than the {PAYLOAD_BYTES_MAX:,} allowed: "
+            "store the data elsewhere and pass a reference to it"
+        )
+    # The exact check walks the whole value, so it is made only where these letters occur at all.
+    if "NaN" in text or "Infinity" in text or "\\u0000" in text or "\\ud" in text:
+        try:
+            _refuse_unstorable(json.loads(text, parse_constant=_refuse_constant), "")
+        except _Unstorable as error:
+            raise InvalidPayload(f"{what} cannot be stored: {error}") from None
+    return text
+
+
+class _Unstorable(ValueError):
+    pass
+
+
+def _refuse_constant(constant: str) -> None:
+    raise _Unstorable(f"it contains {constant}, which JSON does not know; use None or a string")
+
+
+def _refuse_unstorable(value: object, path: str) -> None:
+    if isinstance(value, str):
+        if "\0" in value:
+            raise _Unstorable(f"a NUL character at {path or 'the top'}")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise _Unstorable(f"a lone surrogate at {path or 'the top'}")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_unstorable(key, f"{path}.{key!r} (the key)")
+            _refuse_unstorable(item, f"{path}.{key}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _refuse_unstorable(item, f"{path}[{index}]")
+
+
+def _payload_adapter(task: TaskDefinition) -> pydantic.TypeAdapter[Any]:
+    """A pydantic adapter for a TypedDict with a key per parameter; parameters with a default may be missing.
+
+    A TypedDict, not a model, so that a parameter may have any name.
+    """
+    try:
+        hints = typing.get_type_hints(task.function, include_extras=True)
+        parameters = list(inspect.signature(task.function).parameters.values())
+    except (NameError, TypeError, ValueError) as error:
+        raise InvalidTask(
+            f"task {task.name!r}: the annotations of its function cannot be read ({error}); "
+            "import what they name outside `if TYPE_CHECKING`, at module level"
+        ) from None
+    if task.transactional:
+        if not parameters or parameters[0].kind not in (
+            inspect.Parameter.POSITIONAL_ONLY,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        ):
+            raise InvalidTask(f"task {task.name!r} is transactional, so its first parameter must be the session")
+        parameters = parameters[1:]
+    extra = "forbid"
+    fields: dict[str, Any] = {}
+    for parameter in parameters:
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            extra = "allow"
+            continue
+        if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
+            raise InvalidTask(
+                f"task {task.name!r}: parameter {parameter.name!r} cannot be given by name; "
+                "a payload is a mapping of names to values"
+            )
+        annotation = hints.get(parameter.name, Any)
+        required = parameter.default is inspect.Parameter.empty
+        fields[parameter.name] = Required[annotation] if required else NotRequired[annotation]
+    make_type: Any = TypedDict  # its fields are only known now, which no type checker can follow
+    payload_type = make_type(f"payload of {task.name}", fields)
+    payload_type.__pydantic_config__ = {"extra": extra, "ser_json_inf_nan": "constants"}
+    try:
+        return pydantic.TypeAdapter(payload_type)
+    except pydantic.errors.PydanticUserError as error:
+        raise InvalidTask(
+            f"task {task.name!r}: a parameter's type cannot be carried as JSON ({error.message})"
+        ) from None
+
+
+def _problems(error: pydantic.ValidationError) -> str:
+    """What did not fit, parameter by parameter; without the values, which may be secret."""
+    problems = []
+    for problem in error.errors(include_url=False, include_context=False, include_input=False):
+        where = ".".join(str(part) for part in problem["loc"]) or "payload"
+        problems.append(f"{where}: {problem['msg']}")
+    return "; ".join(problems)

@@ -1,0 +1,197 @@
+"""The caller's transaction: which connection an enqueue goes through, and what happens when it commits."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import weakref
+from collections.abc import Awaitable, Callable, Generator
+from typing import Any, Generic, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session
+from sqlalchemy.orm import Session, scoped_session
+
+from pgqueue.errors import NotAwaited, WrongSession
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SyncTransaction = Session | scoped_session[Session] | sa.Connection
+AsyncTransaction = AsyncSession | async_scoped_session[AsyncSession] | AsyncConnection
+
+#: Called with the queues that have new jobs, and whether the commit is already over.
+Wake = Callable[[set[str], bool], None]
+
+_WAKES = "pgqueue_wakes"
+_UNAWAITED = "pgqueue_unawaited"
+
+_connection_wakes: weakref.WeakKeyDictionary[sa.Connection, dict[Wake, set[str]]] = weakref.WeakKeyDictionary()
+_connection_unawaited: weakref.WeakKeyDictionary[sa.Connection, dict[int, str]] = weakref.WeakKeyDictionary()
+
+
+def open_transaction(given: object, call: str) -> tuple[Session | sa.Connection, sa.Connection]:
+    """The session or connection that was given, and the connection of its transaction. Raises WrongSession."""
+    if isinstance(given, scoped_session):
+        given = given()
+    if isinstance(given, Session):
+        return given, given.connection()
+    if isinstance(given, sa.Connection):
+        return given, given
+    if isinstance(given, AsyncSession | async_scoped_session | AsyncConnection):
+        raise WrongSession(
+            f"{call}() takes a synchronous Session or Connection, got {type(given).__name__}; "
+            f"use: await ….{call}_async(session, …)"
+        )
+    raise _refusal(given, call, "a Session, scoped_session or Connection")
+
+
+async def run_in_transaction(
+    given: object, call: str, work: Callable[[Session | sa.Connection, sa.Connection], T]
+) -> T:
+    """Run `work` on the transaction of an asynchronous session or connection. Raises WrongSession."""
+    given = checked_async(given, call)
+    if isinstance(given, AsyncSession):
+        return await given.run_sync(lambda session: work(session, session.connection()))
+    return await given.run_sync(lambda connection: work(connection, connection))
+
+
+def checked_async(given: object, call: str) -> AsyncSession | AsyncConnection:
+    if isinstance(given, async_scoped_session):
+        given = given()
+    if isinstance(given, AsyncSession | AsyncConnection):
+        return given
+    if isinstance(given, Session | scoped_session | sa.Connection):
+        raise WrongSession(
+            f"{call}() takes an AsyncSession or AsyncConnection, got {type(given).__name__}; "
+            f"use: ….{call.removesuffix('_async')}(session, …)"
+        )
+    raise _refusal(given, call, "an AsyncSession, async_scoped_session or AsyncConnection")
+
+
+def _refusal(given: object, call: str, expected: str) -> WrongSession:
+    hint = ""
+    if isinstance(given, sa.Engine | AsyncEngine):
+        hint = ": an engine is not a transaction; open one with `with Session(engine) as session, session.begin():`"
+    elif isinstance(given, type) or callable(given):
+        hint = ": is this a factory that still has to be called?"
+    return WrongSession(f"{call}() takes {expected} as its first argument, got {type(given).__name__}{hint}")
+
+
+# After the commit ------------------------------------------------------------------------------------------
+
+
+def wake_after_commit(target: Session | sa.Connection, queue: str, wake: Wake) -> None:
+    """Call `wake` with the queue once the transaction of `target` is committed; never when it is rolled back.
+
+    A wake-up is a hint: losing one costs a poll interval. So it never goes out inside the transaction, where a
+    NOTIFY takes a lock for the whole server through the commit's fsync.
+    """
+    if isinstance(target, Session):
+        wakes = target.info.get(_WAKES)
+        if wakes is None:
+            wakes = target.info[_WAKES] = {}
+            event.listen(target, "after_commit", _session_committed)
+            event.listen(target, "after_soft_rollback", _session_rolled_back)
+    else:
+        wakes = _connection_wakes.get(target)
+        if wakes is None:
+            wakes = _connection_wakes[target] = {}
+            event.listen(target, "commit", _connection_commits)
+            event.listen(target, "commit_twophase", _connection_commits_twophase)
+            event.listen(target, "rollback", _connection_rolls_back)
+    wakes.setdefault(wake, set()).add(queue)
+
+
+def _session_committed(session: Session) -> None:
+    if session.in_nested_transaction():
+        return  # a savepoint was released; the transaction goes on
+    _send(session.info[_WAKES], committed=True)
+
+
+def _session_rolled_back(session: Session, previous: Any) -> None:
+    if previous.parent is None:
+        session.info[_WAKES].clear()
+
+
+def _connection_commits(connection: sa.Connection) -> None:
+    # SQLAlchemy tells of a connection's commit just before it happens.
+    _send(_connection_wakes.get(connection, {}), committed=False)
+
+
+def _connection_commits_twophase(connection: sa.Connection, xid: Any, is_prepared: bool) -> None:
+    _connection_commits(connection)
+
+
+def _connection_rolls_back(connection: sa.Connection) -> None:
+    _connection_wakes.get(connection, {}).clear()
+
+
+def _send(wakes: dict[Wake, set[str]], *, committed: bool) -> None:
+    due = list(wakes.items())
+    wakes.clear()
+    for wake, queues in due:
+        try:
+            wake(queues, committed)
+        except Exception:  # the jobs are stored; nothing about a hint may fail the commit
+            logger.exception("the wake-up for queues %s failed; their workers will find the jobs by polling", queues)
+
+
+# A coroutine that was forgotten ----------------------------------------------------------------------------
+
+
+class MustAwait(Awaitable[T], Generic[T]):
+    """What the `_async` calls return: awaitable once, and loud when forgotten.
+
+    A forgotten one makes the commit of its session fail, and warns when it is thrown away.
+    """
+
+    def __init__(self, start: Callable[[], Awaitable[T]], call: str, target: AsyncSession | AsyncConnection) -> None:
+        self._start: Callable[[], Awaitable[T]] | None = start
+        self._call = call
+        self._unawaited = _expect_await(target)
+        self._unawaited[id(self)] = call
+
+    def __await__(self) -> Generator[Any, None, T]:
+        if self._start is None:
+            raise RuntimeError(f"{self._call} was awaited twice")
+        start, self._start = self._start, None
+        self._unawaited.pop(id(self), None)
+        return start().__await__()
+
+    def __del__(self) -> None:
+        if getattr(self, "_start", None) is not None:
+            warnings.warn(f"{self._call} was never awaited: nothing was enqueued", RuntimeWarning, stacklevel=2)
+
+
+def _expect_await(target: AsyncSession | AsyncConnection) -> dict[int, str]:
+    """The calls on this session that were not awaited yet; from now on its commit fails while there are any."""
+    unawaited: dict[int, str] | None
+    if isinstance(target, AsyncSession):
+        session = target.sync_session
+        unawaited = session.info.get(_UNAWAITED)
+        if unawaited is None:
+            unawaited = session.info[_UNAWAITED] = {}
+            event.listen(session, "before_commit", lambda committing: _require_awaited(committing.info[_UNAWAITED]))
+        return unawaited
+    connection = target.sync_connection
+    if connection is None:
+        return {}  # not started: awaiting will say so
+    unawaited = _connection_unawaited.get(connection)
+    if unawaited is None:
+        unawaited = _connection_unawaited[connection] = {}
+        event.listen(
+            connection,
+            "commit",
+            lambda committing: _require_awaited(_connection_unawaited.get(committing, {})),
+        )
+    return unawaited
+
+
+def _require_awaited(unawaited: dict[int, str]) -> None:
+    if unawaited:
+        calls = ", ".join(unawaited.values())
+        unawaited.clear()
+        raise NotAwaited(f"{calls} was never awaited, so nothing was enqueued; put `await` in front of it")

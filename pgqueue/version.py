@@ -1,0 +1,8 @@
+"""The version of the installed package."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    VERSION = version("pgqueue")
+except PackageNotFoundError:  # a source tree that was never installed
+    VERSION = "0+unknown"

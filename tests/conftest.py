@@ -1,0 +1,151 @@
+"""Databases for the tests: one PostgreSQL server per session, a fresh database per test; SQLite files likewise."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pgserver
+import pytest
+import sqlalchemy as sa
+
+from pgqueue import PgQueue, migration
+from pgqueue.engine import make_engine
+
+_serial = itertools.count(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--pg",
+        default=os.environ.get("PGQUEUE_TEST_PG"),
+        help="PostgreSQL versions to test with, e.g. 16 or 16,18 or all; the newest found unless given",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "pg_version" in metafunc.fixturenames:
+        metafunc.parametrize("pg_version", _versions(metafunc.config), scope="session", indirect=True)
+
+
+def _versions(config: pytest.Config) -> list[str | None]:
+    wanted = config.getoption("--pg")
+    if wanted is None:
+        return [None]
+    if wanted == "all":
+        return sorted(pgserver.find_servers(), key=int) or [None]
+    return list(wanted.split(","))
+
+
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    if argname == "pg_version":
+        return f"pg{val or ''}"
+    return None
+
+
+@pytest.fixture(scope="session")
+def pg_version(request: pytest.FixtureRequest) -> str | None:
+    version: str | None = request.param
+    return version
+
+
+@pytest.fixture(scope="session")
+def pg_server(pg_version: str | None) -> Iterator[pgserver.Server]:
+    """A running server with a migrated template database. Fails, never skips, when there is no PostgreSQL."""
+    _, folder = pgserver.choose_server(pg_version)
+    server = pgserver.Server(folder)
+    try:
+        engine = sa.create_engine(server.url(database="postgres"), isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            connection.execute(sa.text("CREATE DATABASE migrated"))
+        engine.dispose()
+        template = make_engine(server.url(database="migrated"))
+        migration.upgrade(template, "pgqueue")
+        template.dispose()
+        yield server
+    finally:
+        server.stop()
+
+
+def create_database(server: pgserver.Server, template: str) -> str:
+    """The URL of a new database."""
+    name = f"test_{next(_serial)}"
+    engine = sa.create_engine(server.url(database="postgres"), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sa.text(f"CREATE DATABASE {name} TEMPLATE {template}"))
+    engine.dispose()
+    return server.url(database=name)
+
+
+def drop_database(server: pgserver.Server, url: str) -> None:
+    engine = sa.create_engine(server.url(database="postgres"), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sa.text(f"DROP DATABASE {sa.make_url(url).database} WITH (FORCE)"))
+    engine.dispose()
+
+
+@pytest.fixture
+def pg_url(pg_server: pgserver.Server) -> Iterator[str]:
+    """A PostgreSQL database of this test's own, with pgqueue's tables."""
+    url = create_database(pg_server, "migrated")
+    yield url
+    drop_database(pg_server, url)
+
+
+@pytest.fixture
+def empty_pg_url(pg_server: pgserver.Server) -> Iterator[str]:
+    """A PostgreSQL database of this test's own, with nothing in it."""
+    url = create_database(pg_server, "template1")
+    yield url
+    drop_database(pg_server, url)
+
+
+@pytest.fixture(scope="session")
+def _migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sqlite") / "migrated.db"
+    engine = make_engine(f"sqlite:///{path}")
+    migration.upgrade(engine, "pgqueue")
+    with engine.connect() as connection:
+        connection.connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    engine.dispose()
+    return path
+
+
+@pytest.fixture
+def sqlite_url(_migrated_sqlite: Path, tmp_path: Path) -> str:
+    """A SQLite file of this test's own, with pgqueue's tables."""
+    path = tmp_path / "queue.db"
+    shutil.copy(_migrated_sqlite, path)
+    return f"sqlite:///{path}"
+
+
+@pytest.fixture(params=["postgresql", "sqlite"])
+def url(request: pytest.FixtureRequest, pg_version: str | None) -> str:
+    """A database with pgqueue's tables; the test runs once on PostgreSQL and once on SQLite."""
+    chosen: str = request.getfixturevalue("pg_url" if request.param == "postgresql" else "sqlite_url")
+    return chosen
+
+
+@pytest.fixture
+def pgq(url: str) -> Iterator[PgQueue]:
+    """A queue on PostgreSQL, then on SQLite."""
+    queue = PgQueue(url)
+    yield queue
+    queue.dispose()
+
+
+@pytest.fixture
+def pg(pg_url: str) -> Iterator[PgQueue]:
+    """A queue on PostgreSQL only."""
+    queue = PgQueue(pg_url)
+    yield queue
+    queue.dispose()
+
+
+@pytest.fixture
+def engine(pgq: PgQueue) -> sa.Engine:
+    """An engine as an application would have it, on the same database."""
+    return pgq.engine
