@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import getpass
 import json
+import os
 import threading
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -83,6 +84,7 @@ class PgQueue:
         self.tasks: dict[str, Task[..., Any]] = {}
         self._lock = threading.RLock()
         self._engine: sa.Engine | None = None
+        self._owner_pid: int | None = None  # of the process that made the engine; None for one that was given
         self._async_engine: AsyncEngine | None = None
         self._url: sa.URL | None = None
         self._wake_sender = WakeSender(lambda: self.engine, self.schema)
@@ -109,7 +111,7 @@ class PgQueue:
         else:
             raise ConfigurationError(f"a database is a URL, an Engine or an AsyncEngine, got {type(database).__name__}")
         with self._lock:
-            self._engine, self._async_engine, self._url = engine, async_engine, url
+            self._engine, self._async_engine, self._url, self._owner_pid = engine, async_engine, url, None
 
     @property
     def url(self) -> sa.URL:
@@ -130,6 +132,11 @@ class PgQueue:
         with self._lock:
             if self._engine is None:
                 self._engine = make_engine(self.url)
+                self._owner_pid = os.getpid()
+            elif self._owner_pid not in (None, os.getpid()):
+                # A forked child must not talk on its parent's connections. It forgets them without closing them.
+                self._engine.dispose(close=False)
+                self._owner_pid = os.getpid()
             return self._engine
 
     @property
@@ -539,6 +546,7 @@ class PgQueue:
         return total
 
 
+@functools.cache
 def default_actor() -> str:
     """Who acts when nobody is named: the operating system's user."""
     try:

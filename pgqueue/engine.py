@@ -18,7 +18,15 @@ from pgqueue.errors import ConfigurationError, DatabaseUnreachable, PgqueueError
 #: How long SQLite waits for another process's write to end.
 SQLITE_BUSY_SECONDS = 30.0
 
-CONNECT_SECONDS_MAX = 10
+#: For libpq, where the URL does not say otherwise: a server that went away without a word is noticed in seconds.
+CONNECT_DEFAULTS: dict[str, Any] = {
+    "application_name": "pgqueue",
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,  # milliseconds
+}
 
 
 def parse_url(url: str | sa.URL) -> sa.URL:
@@ -45,14 +53,9 @@ def make_engine(url: str | sa.URL) -> sa.Engine:
     if parsed.get_backend_name() == SQLITE:
         return _make_sqlite_engine(parsed)
     _require_libpq()
-    arguments: dict[str, Any] = {}
-    if "connect_timeout" not in parsed.query:
-        arguments["connect_timeout"] = CONNECT_SECONDS_MAX
-    if "application_name" not in parsed.query:
-        arguments["application_name"] = "pgqueue"
     return sa.create_engine(
         parsed,
-        connect_args=arguments,
+        connect_args=_connect_arguments(parsed),
         hide_parameters=True,
         isolation_level="READ COMMITTED",
         pool_size=0,  # no limit: each thread holds one connection at most
@@ -74,11 +77,21 @@ def make_async_engine(url: sa.URL) -> AsyncEngine:
         return engine
     return create_async_engine(
         url,
-        connect_args={"application_name": "pgqueue"},
+        connect_args=_connect_arguments(url),
         hide_parameters=True,
         isolation_level="READ COMMITTED",
         pool_pre_ping=True,
     )
+
+
+def _connect_arguments(url: sa.URL) -> dict[str, Any]:
+    """What psycopg is given besides the URL.
+
+    No prepared statements: they break behind a pooler in transaction mode, and after a migration that changes a
+    column. A claim or a finish covers hundreds of jobs, so planning it anew costs nothing that can be measured.
+    """
+    arguments = {name: value for name, value in CONNECT_DEFAULTS.items() if name not in url.query}
+    return {**arguments, "prepare_threshold": None}
 
 
 def _require_libpq() -> None:
@@ -186,11 +199,7 @@ def is_disconnect(error: BaseException) -> bool:
         # 25006: the server became a standby; 57P0x: it is shutting down or starting.
         return sqlstate in ("25006", "57P01", "57P02", "57P03") or sqlstate.startswith("08")
     # psycopg has no SQLSTATE for a connection that could not be made or broke.
-    return (
-        isinstance(error, exc.OperationalError)
-        and error.connection_invalidated is not None
-        and not isinstance(error.orig, sqlite3.Error)
-    )
+    return isinstance(error, exc.OperationalError) and not isinstance(error.orig, sqlite3.Error)
 
 
 def is_transient(error: BaseException) -> bool:

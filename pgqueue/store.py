@@ -369,6 +369,14 @@ def finish(connection: sa.Connection, tables: Tables, transitions: Sequence[Tran
 
     A job that is missing in the result was claimed again or finished by somebody else: nothing of it was written.
     """
+    first = {transition.job_id: transition for transition in reversed(transitions)}
+    if len(first) < len(transitions):
+        # A job that this worker lost and claimed again: both ends must meet the fence, one after the other.
+        chosen = {id(transition) for transition in first.values()}
+        again = [transition for transition in transitions if id(transition) not in chosen]
+        once = finish(connection, tables, list(first.values()), actor=actor)
+        return once | finish(connection, tables, again, actor=actor)
+
     completed = [transition for transition in transitions if transition.status is JobStatus.COMPLETED]
     others = [transition for transition in transitions if transition.status is not JobStatus.COMPLETED]
     written: set[int] = set()

@@ -115,9 +115,11 @@ class Worker:
         self._finished: queue.SimpleQueue[Transition | None] = queue.SimpleQueue()
         self._unwritten: list[Transition] = []
         self._unsure_claims: list[uuid.UUID] = []
-        self._stop_requested = threading.Event()
-        self._abort_requested = threading.Event()
-        self._idle = threading.Condition()
+        self._stop_requested = False
+        self._abort_requested = False
+        # What the running thread waits on. A SimpleQueue, because its put() is the one wake-up that a signal handler
+        # may use while the same thread is waiting; an Event or Condition could deadlock.
+        self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._last_beat = time.monotonic()
         self._async_tasks: dict[int, asyncio.Task[None]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -155,7 +157,8 @@ class Worker:
             if thread is not None:
                 thread.start()
         try:
-            self._stop_requested.wait()
+            while not self._stop_requested:
+                self._news.get()
         finally:
             self._shut_down()
         logger.info("worker %s stopped: %s", self.id, self.report)
@@ -192,19 +195,21 @@ class Worker:
         self.join()
 
     def stop(self) -> None:
-        """Claim nothing more, let running jobs end, give back what does not end in time. Returns at once."""
-        self._stop_requested.set()
+        """Claim nothing more, let running jobs end, give back what does not end in time.
+
+        Returns at once. May be called from any thread and from a signal handler.
+        """
+        self._stop_requested = True
+        self._news.put(None)
 
     def abort(self) -> None:
         """Give everything back now; running tasks are left to end with the process. Returns at once."""
-        self._abort_requested.set()
-        self._stop_requested.set()
-        with self._idle:
-            self._idle.notify_all()
+        self._abort_requested = True
+        self.stop()
 
     @property
     def stopping(self) -> bool:
-        return self._stop_requested.is_set()
+        return self._stop_requested
 
     def _require_schema(self) -> None:
         with errors_explained(self.pgq.url), self.pgq.engine.connect() as connection:
@@ -222,16 +227,16 @@ class Worker:
             for job in slots.close():
                 self._finish(job, Released("the worker stopped before it started the job"))
         running = sum(slots.running for slots in self._slots.values())
-        if running and not self._abort_requested.is_set():
+        if running and not self._abort_requested:
             logger.info("waiting up to %g s for %d running jobs", self.config.shutdown_timeout, running)
             deadline = time.monotonic() + self.config.shutdown_timeout
-            with self._idle:
-                while (
-                    not self._abort_requested.is_set()
-                    and any(slots.running for slots in self._slots.values())
-                    and (left := deadline - time.monotonic()) > 0
-                ):
-                    self._idle.wait(left)
+            while (
+                not self._abort_requested
+                and any(slots.running for slots in self._slots.values())
+                and (left := deadline - time.monotonic()) > 0
+            ):
+                with contextlib.suppress(queue.Empty):
+                    self._news.get(timeout=left)
         self._stop_async_tasks()
         interrupted = [job for job in list(self._held.values()) if job.id not in self._finishing]
         for job in interrupted:
@@ -240,7 +245,7 @@ class Worker:
             logger.warning("gave back %d jobs that did not end in time", len(interrupted))
         self._finished.put(None)
         self._finisher.stop()
-        self._finisher.join(ABORT_SECONDS if self._abort_requested.is_set() else 10.0)
+        self._finisher.join(ABORT_SECONDS if self._abort_requested else 10.0)
         if self._finisher.is_alive():
             logger.error("the database cannot be reached: %d jobs stay claimed until their lease ends", len(self._held))
         for loop in (self._heartbeat, self._sweeper):
@@ -555,8 +560,7 @@ class Worker:
 
     def slot_freed(self) -> None:
         if self.stopping:
-            with self._idle:
-                self._idle.notify_all()
+            self._news.put(None)
 
     def claim_is_stale(self, asked_at: float) -> bool:
         """Whether a claim made then may have run out: the process was frozen, or no heartbeat got through."""
