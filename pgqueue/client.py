@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import Any, Generic, ParamSpec, TypeVar, overload
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, overload
 
 import sqlalchemy as sa
 from sqlalchemy import event
@@ -184,12 +184,24 @@ class PgQueue:
     def task(
         self,
         *,
+        transactional: Literal[True],
         name: str | None = None,
         queue: str = DEFAULT_QUEUE,
         priority: int = 0,
         retry: Retry | None = None,
         timeout: float | timedelta | None = None,
-        transactional: bool = False,
+    ) -> Callable[[Callable[Concatenate[Any, P], R]], Task[P, R]]: ...
+
+    @overload
+    def task(
+        self,
+        *,
+        name: str | None = None,
+        queue: str = DEFAULT_QUEUE,
+        priority: int = 0,
+        retry: Retry | None = None,
+        timeout: float | timedelta | None = None,
+        transactional: Literal[False] = False,
     ) -> Callable[[Callable[P, R]], Task[P, R]]: ...
 
     def task(self, *function: Any, **options: Any) -> Any:
@@ -613,7 +625,8 @@ class Task(Generic[P, R]):
     def name(self) -> str:
         return self.definition.name
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+    def __call__(self, *args: Any, **kwargs: Any) -> R:
+        """Run the function here and now, without a job; a transactional one takes its session first."""
         result: R = self.definition.function(*args, **kwargs)
         return result
 
@@ -658,20 +671,22 @@ class Task(Generic[P, R]):
         task.external = self.external
         return task
 
-    def enqueue(self, session: SyncTransaction, /, **payload: Any) -> EnqueueResult:
+    def enqueue(self, session: SyncTransaction, /, *args: P.args, **payload: P.kwargs) -> EnqueueResult:
         """Store a job in the transaction of `session` (Session, scoped_session or Connection).
 
         Raises InvalidPayload when the payload does not fit the function's parameters, WrongSession for anything
         that is not a synchronous session or connection, DuplicateJob as `on_conflict` says.
         """
         target, connection = open_transaction(session, "enqueue")
-        return self._insert(target, connection, self._new_job(payload))
+        return self._insert(target, connection, self._new_job(args, payload))
 
-    def enqueue_async(self, session: AsyncTransaction, /, **payload: Any) -> Awaitable[EnqueueResult]:
+    def enqueue_async(
+        self, session: AsyncTransaction, /, *args: P.args, **payload: P.kwargs
+    ) -> Awaitable[EnqueueResult]:
         """As `enqueue`, for an AsyncSession or AsyncConnection. Must be awaited: the session's commit fails if
         it was not."""
         opened = checked_async(session, "enqueue_async")
-        new_job = self._new_job(payload)
+        new_job = self._new_job(args, payload)
         return MustAwait(
             lambda: run_in_transaction(
                 opened, "enqueue_async", lambda target, connection: self._insert(target, connection, new_job)
@@ -702,13 +717,13 @@ class Task(Generic[P, R]):
             opened,
         )
 
-    def new(self, **payload: Any) -> Job:
+    def new(self, *args: P.args, **payload: P.kwargs) -> Job:
         """A job as an ORM object, to be stored with `session.add(…)`.
 
         It is inserted when the session flushes. A unique key that is taken fails that flush with an
         IntegrityError: `enqueue` has the gentler ways.
         """
-        new_job = self._new_job(payload)
+        new_job = self._new_job(args, payload)
         fields: dict[str, Any] = {
             "task": new_job.task,
             "payload": _decoded(new_job.payload_json),
@@ -728,8 +743,8 @@ class Task(Generic[P, R]):
         job.__dict__[_WAKE_ATTRIBUTE] = self.pgq._wake_sender
         return job
 
-    def _new_job(self, payload: Mapping[str, Any]) -> NewJob:
-        return replace(self._template(), payload_json=self.definition.encode(payload))
+    def _new_job(self, args: tuple[Any, ...], payload: dict[str, Any]) -> NewJob:
+        return replace(self._template(), payload_json=self.definition.encode(self.definition.bind(args, payload)))
 
     def _new_jobs(self, payloads: Iterable[Mapping[str, Any]]) -> tuple[NewJob, list[str]]:
         if self.options.unique_key is not None:

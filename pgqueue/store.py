@@ -890,11 +890,10 @@ def prune(
     ids = list(doomed)
     if not ids:
         return 0, None
-    # Between two ids, so that each delete is one walk along an index, however many there are.
-    chosen = {"claims": json.dumps([{"id": job_id} for job_id in ids])}
-    rows = dialect.rows(tables.dialect_name, "claims", sa.column("id", sa.BigInteger))
-    connection.execute(sa.delete(events).where(id_in(events.c.job_id, sa.select(rows.c.id).scalar_subquery())), chosen)
-    connection.execute(sa.delete(jobs).where(id_in(jobs.c.id, sa.select(rows.c.id).scalar_subquery())), chosen)
+    chosen = {"ids": json.dumps([{"id": job_id} for job_id in ids])}
+    rows = dialect.rows(tables.dialect_name, "ids", sa.column("id", sa.BigInteger))
+    for column in (events.c.job_id, jobs.c.id):
+        connection.execute(sa.delete(column.table).where(id_in(column, sa.select(rows.c.id).scalar_subquery())), chosen)
     return len(ids), ids[-1] if len(ids) == limit else None
 
 

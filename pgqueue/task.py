@@ -48,6 +48,7 @@ class TaskDefinition:
     timeout: float | None = None  #: seconds an attempt may take; None: as long as it likes
     transactional: bool = False  #: the function's first parameter is a Session that commits its own completion
     payload_adapter: pydantic.TypeAdapter[Any] = field(init=False)
+    parameters: tuple[str, ...] = field(init=False)  #: names of the payload's keys, in the function's order
     is_async: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -66,7 +67,23 @@ class TaskDefinition:
                     "a running thread cannot. Make the function `async def` or leave the timeout away"
                 )
         object.__setattr__(self, "is_async", is_async)
-        object.__setattr__(self, "payload_adapter", _payload_adapter(self))
+        adapter, parameters = _read_signature(self)
+        object.__setattr__(self, "payload_adapter", adapter)
+        object.__setattr__(self, "parameters", parameters)
+
+    def bind(self, arguments: tuple[Any, ...], payload: dict[str, Any]) -> dict[str, Any]:
+        """The payload with arguments that were given by position under their names. Raises InvalidPayload."""
+        if not arguments:
+            return payload
+        if len(arguments) > len(self.parameters):
+            raise InvalidPayload(
+                f"task {self.name!r} takes {len(self.parameters)} arguments ({', '.join(self.parameters) or 'none'}), "
+                f"got {len(arguments)}"
+            )
+        by_position = dict(zip(self.parameters, arguments, strict=False))
+        for name in by_position.keys() & payload.keys():
+            raise InvalidPayload(f"task {self.name!r} got its argument {name!r} twice: by position and by name")
+        return {**by_position, **payload}
 
     def encode(self, payload: Mapping[str, Any]) -> str:
         """The payload as JSON text, checked against the signature. Raises InvalidPayload."""
@@ -152,8 +169,8 @@ def _refuse_unstorable(value: object, path: str) -> None:
             _refuse_unstorable(item, f"{path}[{index}]")
 
 
-def _payload_adapter(task: TaskDefinition) -> pydantic.TypeAdapter[Any]:
-    """A pydantic adapter for a TypedDict with a key per parameter; parameters with a default may be missing.
+def _read_signature(task: TaskDefinition) -> tuple[pydantic.TypeAdapter[Any], tuple[str, ...]]:
+    """A pydantic adapter for a TypedDict with a key per parameter, those with a default may be missing; and the names.
 
     A TypedDict, not a model, so that a parameter may have any name.
     """
@@ -190,7 +207,7 @@ def _payload_adapter(task: TaskDefinition) -> pydantic.TypeAdapter[Any]:
     payload_type = make_type(f"payload of {task.name}", fields)
     payload_type.__pydantic_config__ = {"extra": extra, "ser_json_inf_nan": "constants"}
     try:
-        return pydantic.TypeAdapter(payload_type)
+        return pydantic.TypeAdapter(payload_type), tuple(fields)
     except pydantic.errors.PydanticUserError as error:
         raise InvalidTask(
             f"task {task.name!r}: a parameter's type cannot be carried as JSON ({error.message})"

@@ -1,0 +1,53 @@
+"""The public API as a type checker sees it: `make types` fails if a mistake below is no longer found.
+
+mypy reports a `type: ignore` that nothing needs, so each one states that the line is an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from pgqueue import EnqueueResult, Job, PgQueue, Retry
+
+pgq = PgQueue("sqlite://")
+
+
+@pgq.task
+def plain(file: str, size: int = 1024) -> dict[str, Any]:
+    return {"file": file, "size": size}
+
+
+@pgq.task(queue="images", retry=Retry(max_retries=5))
+async def asynchronous(file: str) -> None: ...
+
+
+@pgq.task(transactional=True)
+def transactional(session: Session, invoice_id: int) -> None: ...
+
+
+def enqueue(session: Session) -> EnqueueResult:
+    plain.enqueue(session, file="a.jpg")
+    plain.enqueue(session, "a.jpg", size=800)
+    plain.enqueue(session, fiel="a.jpg")  # type: ignore[call-arg]
+    plain.enqueue(session, file=1)  # type: ignore[arg-type]
+    plain.enqueue(file="a.jpg")  # type: ignore[call-arg]
+    transactional.enqueue(session, invoice_id=3)
+    transactional.enqueue(session, invoice_id="three")  # type: ignore[arg-type]
+    ids: list[int] = plain.enqueue_many(session, [{"file": "a.jpg"}])
+    assert ids
+    job: Job = plain.new(file="a.jpg")
+    session.add(job)
+    plain.new(size=3)  # type: ignore[call-arg]
+    result: dict[str, Any] = plain(file="a.jpg")
+    assert result
+    return plain.using(delay=5, priority=9).enqueue(session, file="a.jpg")
+
+
+async def enqueue_async(session: AsyncSession) -> int:
+    await asynchronous.enqueue_async(session, file="a.jpg")
+    await asynchronous.enqueue_async(session, size=3)  # type: ignore[call-arg]
+    plain.enqueue(session, file="a.jpg")  # type: ignore[arg-type]
+    return (await plain.enqueue_async(session, file="a.jpg")).id
