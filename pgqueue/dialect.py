@@ -243,9 +243,13 @@ def insert(dialect_name: str, table: sa.Table) -> Any:
 
 
 def claimable(
-    dialect_name: str, jobs: sa.Table, filters: sa.ColumnElement[bool], limit: sa.BindParameter[int]
+    dialect_name: str,
+    jobs: sa.Table,
+    queue: sa.BindParameter[str],
+    filters: sa.ColumnElement[bool],
+    limit: sa.BindParameter[int],
 ) -> sa.ScalarSelect[Any]:
-    """The ids to claim next: highest priority first, then longest due, then lowest id; locked.
+    """The ids to claim next in one queue: highest priority first, then longest due, then lowest id; locked.
 
     PostgreSQL: each priority is a lane of its own, found by stepping through the claim index, and probed for
     what is due in it. So jobs scheduled for later cost nothing, however many there are and however high their
@@ -255,12 +259,11 @@ def claimable(
     if dialect_name == SQLITE:
         return (
             sa.select(jobs.c.id)
-            .where(jobs.c.status == pending, jobs.c.run_at <= now(), filters)
+            .where(jobs.c.queue == queue, jobs.c.status == pending, jobs.c.run_at <= now(), filters)
             .order_by(jobs.c.priority.desc(), jobs.c.run_at, jobs.c.id)
             .limit(limit)
             .scalar_subquery()
         )
-    queue: sa.BindParameter[str] = sa.bindparam("of_queue", type_=sa.Text())
     first, following = jobs.alias("first"), jobs.alias("following")
     lane = (
         sa.select(

@@ -300,10 +300,10 @@ def _claim(tables: Tables, of_tasks: bool) -> sa.Update:
         )
         .exists()
     )
-    filters = sa.and_(jobs.c.queue == queue, sa.not_(paused))
+    filters: sa.ColumnElement[bool] = sa.not_(paused)
     if of_tasks:
         filters = sa.and_(filters, text_in(jobs.c.task, sa.bindparam("tasks", type_=TextArray())))
-    ids = dialect.claimable(tables.dialect_name, jobs, filters, sa.bindparam("limit", type_=sa.Integer()))
+    ids = dialect.claimable(tables.dialect_name, jobs, queue, filters, sa.bindparam("limit", type_=sa.Integer()))
     return (
         sa.update(jobs)
         .where(id_in(jobs.c.id, ids))
