@@ -1,4 +1,8 @@
-"""Runs pgqueue's migrations: from `pgqueue db …`, which brings a connection, or from `alembic` in a checkout."""
+"""Runs pgqueue's migrations: from `pgqueue db …`, which brings a connection, or from `alembic` in a checkout.
+
+A revision runs in a transaction of its own, with a lock_timeout. CREATE INDEX CONCURRENTLY belongs into an
+`autocommit_block()`; it has to wait for old transactions, so it sets lock_timeout to 0 first and back afterwards.
+"""
 
 from __future__ import annotations
 
@@ -8,39 +12,50 @@ import sqlalchemy as sa
 from alembic import context
 
 from pgqueue.config import LOCAL_URL, url_from_environment
-from pgqueue.engine import make_engine
-from pgqueue.migration import configure_options
+from pgqueue.engine import make_engine, parse_url
+from pgqueue.migration import LOCK_TIMEOUT_SECONDS, configure_options, exclusive
 from pgqueue.schema import tables_for
 
 
 def schema() -> str:
-    return context.config.attributes.get("pgqueue_schema") or context.config.get_main_option(
-        "pgqueue_schema", "pgqueue"
-    )
+    named = context.config.attributes.get("pgqueue_schema")
+    return named or context.config.get_main_option("pgqueue_schema", "pgqueue")
 
 
-def run(connection: sa.Connection | None, database: str, **options: Any) -> None:
-    tables = tables_for(database, schema())
+def run(database: str, **options: Any) -> None:
     context.configure(
-        connection=connection,
-        target_metadata=tables.metadata,
+        target_metadata=tables_for(database, schema()).metadata,
         **configure_options(database, schema()),
         **options,
     )
     with context.begin_transaction():
         if database == "postgresql":
-            # Alembic's version table is in there, and it is made before the first migration.
-            context.execute(sa.schema.CreateSchema(schema(), if_not_exists=True))
+            _create_schema()
         context.run_migrations()
 
 
+def _create_schema() -> None:
+    """Alembic's version table is in there, and it is made before the first migration."""
+    create = sa.schema.CreateSchema(schema(), if_not_exists=True)
+    if context.is_offline_mode():
+        context.execute(f"SET lock_timeout = '{LOCK_TIMEOUT_SECONDS:g}s'")
+        context.execute(create)
+        return
+    # Asked first, because IF NOT EXISTS still wants the right to create, which the schema's owner may lack.
+    reads_only = context.get_context().opts.get("dont_mutate")
+    if not reads_only and not sa.inspect(context.get_bind()).has_schema(schema()):
+        context.execute(create)
+
+
+url = url_from_environment() or LOCAL_URL
 if context.is_offline_mode():
-    name = context.config.attributes.get("dialect_name", "postgresql")
-    run(None, name, dialect_name=name, literal_binds=True)
+    name = context.config.attributes.get("dialect_name") or parse_url(url).get_backend_name()
+    run(name, dialect_name=name, literal_binds=True)
 elif "connection" in context.config.attributes:
     connection = context.config.attributes["connection"]
-    run(connection, connection.dialect.name)
+    run(connection.dialect.name, connection=connection)
 else:
-    with make_engine(url_from_environment() or LOCAL_URL).connect() as connection:
-        run(connection, connection.dialect.name)
-        connection.commit()
+    engine = make_engine(url)
+    with exclusive(engine, schema()) as connection:
+        run(connection.dialect.name, connection=connection)
+    engine.dispose()

@@ -1,11 +1,21 @@
-"""Create and upgrade pgqueue's tables: Alembic, driven from code, safe for several deployers at once."""
+"""Create and upgrade pgqueue's tables: Alembic, driven from code, safe for several deployers at once.
+
+Who upgrades needs CREATE on the database, or owns the schema. Who enqueues and works needs less:
+
+    GRANT USAGE ON SCHEMA pgqueue TO worker;
+    GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA pgqueue TO worker;
+
+An upgrade holds a lock of its session, so it wants a direct connection, not a pooler in transaction mode.
+"""
 
 from __future__ import annotations
 
 import io
+import logging
+import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -18,56 +28,32 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
+from sqlalchemy import exc
 
-from pgqueue.dialect import POSTGRESQL, SQLITE
-from pgqueue.errors import ConfigurationError, SchemaMissing, SchemaOutdated
+from pgqueue.config import checked_schema
+from pgqueue.dialect import POSTGRESQL, SQLITE, checked_dialect
+from pgqueue.engine import explain
+from pgqueue.errors import ConfigurationError, DatabaseUnreachable, SchemaMissing, SchemaOutdated
 from pgqueue.schema import tables_for
 
+logger = logging.getLogger(__name__)
+
 #: A statement of a migration that cannot get its lock in time fails instead of queueing all traffic behind it.
-LOCK_TIMEOUT = "5s"
+LOCK_TIMEOUT_SECONDS = 5.0
 
 #: How long a deployer waits for another one that is migrating at the same time.
 DEPLOYER_WAIT_SECONDS = 300.0
 
 _POLL_SECONDS = 0.2
 
+#: Alembic's `op` and `context` are global to the process: one migration at a time in it.
+_alembic = threading.Lock()
+
 
 def migrations_path() -> Path:
     """The folder with env.py and versions/: inside an installed package, or at the top of a checkout."""
     installed = Path(str(files("pgqueue"))) / "migrations"
     return installed if installed.is_dir() else Path(__file__).resolve().parent.parent / "migrations"
-
-
-def configure_options(dialect_name: str, schema: str) -> dict[str, Any]:
-    """What env.py passes to `context.configure` besides the connection."""
-    flat = dialect_name == SQLITE
-
-    def include_name(name: str | None, type_: str, parent_names: Any) -> bool:
-        if flat:
-            return type_ != "table" or bool(name and name.startswith(f"{schema}_"))
-        return type_ != "schema" or name == schema
-
-    return {
-        "version_table": _version_table(dialect_name, schema),
-        "version_table_schema": None if flat else schema,
-        "include_schemas": not flat,
-        "include_name": include_name,
-        "compare_type": True,
-        "compare_server_default": False,  # the database writes expressions in its own words
-        "transaction_per_migration": True,
-    }
-
-
-def _version_table(dialect_name: str, schema: str) -> str:
-    return f"{schema}_alembic_version" if dialect_name == SQLITE else "alembic_version"
-
-
-def _config(schema: str, **attributes: Any) -> Config:
-    config = Config()
-    config.set_main_option("script_location", str(migrations_path()).replace("%", "%%"))
-    config.set_main_option("path_separator", "newline")
-    config.attributes.update(pgqueue_schema=schema, **attributes)
-    return config
 
 
 def head_revision() -> str:
@@ -78,13 +64,11 @@ def head_revision() -> str:
 
 
 def current_revision(connection: sa.Connection, schema: str) -> str | None:
-    """The revision the tables are at, or None when there are none."""
-    name = connection.dialect.name
-    version_table = _version_table(name, schema)
-    inspector = sa.inspect(connection)
-    if not inspector.has_table(version_table, schema=None if name == SQLITE else schema):
+    """The revision the tables are at; None when there are none, or another Alembic history manages them."""
+    schema_name, version_table = _place(connection.dialect.name, schema)
+    if not sa.inspect(connection).has_table(version_table, schema=schema_name):
         return None
-    table = sa.table(version_table, sa.column("version_num"), schema=None if name == SQLITE else schema)
+    table = sa.table(version_table, sa.column("version_num"), schema=schema_name)
     return connection.execute(sa.select(table.c.version_num)).scalar_one_or_none()
 
 
@@ -96,28 +80,60 @@ def require_current(connection: sa.Connection, schema: str) -> str | None:
     """
     current, head = current_revision(connection, schema), head_revision()
     if current is None:
-        raise SchemaMissing(f"schema {schema!r} has no pgqueue tables; create them with: pgqueue db upgrade")
+        _require_parts(connection, schema)
+        return None
     if current == head:
         return None
-    known = {script.revision for script in ScriptDirectory.from_config(_config(schema)).walk_revisions()}
-    if current in known:
+    if _knows(current):
         raise SchemaOutdated(
             f"the tables of schema {schema!r} are at revision {current}, this code needs {head}; "
             "upgrade them first with: pgqueue db upgrade"
         )
-    return f"the tables of schema {schema!r} are at revision {current}, which is newer than this code ({head})"
+    return _newer(schema, current)
 
 
-def upgrade(engine: sa.Engine, schema: str, revision: str = "head") -> None:
-    """Bring the tables to a revision, creating what is missing. Safe for several deployers at once."""
-    with _exclusive(engine, schema) as connection:
-        _command(command.upgrade, connection, schema, revision)
+def upgrade(
+    engine: sa.Engine,
+    schema: str,
+    revision: str = "head",
+    *,
+    lock_timeout: float = LOCK_TIMEOUT_SECONDS,
+    wait: float = DEPLOYER_WAIT_SECONDS,
+) -> None:
+    """Bring the tables to a revision, creating what is missing. Safe for several deployers at once.
+
+    lock_timeout: seconds that a statement waits for other transactions to let go of a table.
+    wait: seconds to wait for another deployer.
+
+    Each revision is one transaction, on SQLite all of them together. Tables that are newer than this code are
+    left as they are, with a warning in the log: that is a deployment being rolled back. Raises SchemaOutdated
+    when a lock or the other deployer kept it waiting too long, ConfigurationError when there is no such revision
+    or this database user lacks the right.
+    """
+    with exclusive(engine, schema, lock_timeout=lock_timeout, wait=wait) as connection:
+        current = current_revision(connection, schema)
+        if current is None and _has_jobs(connection, schema):
+            raise ConfigurationError(
+                f"schema {schema!r} has pgqueue's tables, but not pgqueue's own version table: they belong to the "
+                "Alembic history of an application; upgrade them there with: alembic upgrade heads"
+            )
+        if current is not None and not _knows(current) and revision == "head":
+            logger.warning("%s; nothing to upgrade", _newer(schema, current))
+            return
+        _run(command.upgrade, connection, schema, revision)
 
 
-def downgrade(engine: sa.Engine, schema: str, revision: str) -> None:
-    """Take the tables back to an older revision; `base` drops them with everything in them."""
-    with _exclusive(engine, schema) as connection:
-        _command(command.downgrade, connection, schema, revision)
+def downgrade(
+    engine: sa.Engine,
+    schema: str,
+    revision: str,
+    *,
+    lock_timeout: float = LOCK_TIMEOUT_SECONDS,
+    wait: float = DEPLOYER_WAIT_SECONDS,
+) -> None:
+    """Take the tables back to an older revision; `base` drops them with everything in them. As `upgrade`."""
+    with exclusive(engine, schema, lock_timeout=lock_timeout, wait=wait) as connection:
+        _run(command.downgrade, connection, schema, revision)
 
 
 def differences(connection: sa.Connection, schema: str) -> list[Any]:
@@ -128,45 +144,173 @@ def differences(connection: sa.Connection, schema: str) -> list[Any]:
 
 
 def offline_sql(dialect_name: str, schema: str, revision: str = "head") -> str:
-    """The statements of an upgrade from nothing, for people who run SQL themselves."""
+    """The statements of an upgrade from nothing, or `from:to`, for people who run SQL themselves."""
     output = io.StringIO()
-    config = _config(schema, dialect_name=dialect_name)
+    config = _config(checked_schema(schema), dialect_name=checked_dialect(dialect_name))
     config.output_buffer = output
-    command.upgrade(config, revision, sql=True)
+    with _alembic, _command_errors(revision):
+        command.upgrade(config, revision, sql=True)
     return output.getvalue()
 
 
-def _command(run: Any, connection: sa.Connection, schema: str, revision: str) -> None:
-    try:
+# What env.py uses too -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def exclusive(
+    engine: sa.Engine,
+    schema: str,
+    *,
+    lock_timeout: float = LOCK_TIMEOUT_SECONDS,
+    wait: float = DEPLOYER_WAIT_SECONDS,
+) -> Iterator[sa.Connection]:
+    """A connection on which no other deployer migrates this schema at the same time; commits at the end.
+
+    On PostgreSQL a session-level advisory lock, polled for: a deployer that waited inside pg_advisory_lock would
+    hold a snapshot, which a CREATE INDEX CONCURRENTLY of the other one waits for, and both would wait for ever.
+    On SQLite one transaction that holds the write lock from the start.
+    """
+    checked_schema(schema)
+    postgresql = checked_dialect(engine.dialect.name) == POSTGRESQL
+    begin = _locked_on_postgresql if postgresql else _locked_on_sqlite
+    with _errors_explained(engine.url, schema, lock_timeout), begin(engine, schema, lock_timeout, wait) as connection:
+        yield connection
+
+
+def configure_options(dialect_name: str, schema: str) -> dict[str, Any]:
+    """What env.py passes to `context.configure` besides the connection."""
+    flat = dialect_name == SQLITE
+    names = {table.name for table in tables_for(dialect_name, schema).metadata.tables.values()}
+
+    def include_name(name: str | None, type_: str, parent_names: Any) -> bool:
+        if flat:
+            return type_ != "table" or name in names
+        return type_ != "schema" or name == schema
+
+    schema_name, version_table = _place(dialect_name, schema)
+    return {
+        "version_table": version_table,
+        "version_table_schema": schema_name,
+        "include_schemas": not flat,
+        "include_name": include_name,
+        "compare_type": True,
+        "compare_server_default": False,  # the database writes expressions in its own words
+        "transaction_per_migration": True,
+    }
+
+
+# Helpers ------------------------------------------------------------------------------------------------------
+
+
+def _place(dialect_name: str, schema: str) -> tuple[str | None, str]:
+    """The schema, if the database has any, and the name of the version table."""
+    flat = checked_dialect(dialect_name) == SQLITE
+    return (None, f"{checked_schema(schema)}_alembic_version") if flat else (checked_schema(schema), "alembic_version")
+
+
+def _config(schema: str, **attributes: Any) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(migrations_path()).replace("%", "%%"))
+    config.set_main_option("path_separator", "newline")
+    config.attributes.update(pgqueue_schema=schema, **attributes)
+    return config
+
+
+def _knows(revision: str) -> bool:
+    return revision in {script.revision for script in ScriptDirectory.from_config(_config("pgqueue")).walk_revisions()}
+
+
+def _newer(schema: str, current: str) -> str:
+    return (
+        f"the tables of schema {schema!r} are at revision {current}, which is newer than this code ({head_revision()})"
+    )
+
+
+def _has_jobs(connection: sa.Connection, schema: str) -> bool:
+    jobs = tables_for(connection.dialect.name, schema).jobs
+    return sa.inspect(connection).has_table(jobs.name, schema=jobs.schema)
+
+
+def _require_parts(connection: sa.Connection, schema: str) -> None:
+    """Check tables without a version table of pgqueue's own, as in an application's own Alembic history: that
+    everything is there which this code uses."""
+    if not _has_jobs(connection, schema):
+        raise SchemaMissing(f"schema {schema!r} has no pgqueue tables; create them with: pgqueue db upgrade")
+    tables = tables_for(connection.dialect.name, schema).metadata.sorted_tables
+    inspector = sa.inspect(connection)
+    columns = inspector.get_multi_columns(schema=tables[0].schema)
+    indexes = inspector.get_multi_indexes(schema=tables[0].schema)
+    missing = []
+    for table in tables:
+        key = (table.schema, table.name)
+        has_columns = {column["name"] for column in columns.get(key, [])}
+        missing += [f"{table.name}.{column.name}" for column in table.columns if column.name not in has_columns]
+        has_indexes = {index["name"] for index in indexes.get(key, [])}
+        missing += [str(index.name) for index in table.indexes if index.name not in has_indexes]
+    if missing:
+        raise SchemaOutdated(
+            f"the tables of schema {schema!r} are older than this code, or damaged: {', '.join(sorted(missing))} "
+            "missing. No version table of pgqueue's own is there, so they belong to the Alembic history of an "
+            "application; upgrade them there with: alembic upgrade heads"
+        )
+
+
+def _run(run: Callable[..., None], connection: sa.Connection, schema: str, revision: str) -> None:
+    with _alembic, _command_errors(revision):
         run(_config(schema, connection=connection), revision)
+
+
+@contextmanager
+def _command_errors(revision: str) -> Iterator[None]:
+    try:
+        yield
     except CommandError as error:
         raise ConfigurationError(f"revision {revision!r}: {error}") from None
 
 
 @contextmanager
-def _exclusive(engine: sa.Engine, schema: str) -> Iterator[sa.Connection]:
-    """A connection on which no other deployer migrates this schema at the same time.
+def _errors_explained(url: sa.URL, schema: str, lock_timeout: float) -> Iterator[None]:
+    try:
+        yield
+    except exc.DBAPIError as error:
+        sqlstate = getattr(error.orig, "sqlstate", None)
+        if sqlstate == "55P03":
+            raise SchemaOutdated(
+                f"the migration of schema {schema!r} waited {lock_timeout:g} seconds for a lock that another "
+                "transaction holds on one of its tables, and gave up so as not to hold up everybody else; the "
+                "revision was rolled back. Find the transaction in pg_stat_activity (oldest xact_start), then run "
+                "the same command again"
+            ) from None
+        if sqlstate == "42501":
+            raise ConfigurationError(
+                f"database user {url.username!r} may not migrate schema {schema!r}: {_primary(error)}. Migrate as "
+                "the owner of the schema, or as a user with CREATE on the database"
+            ) from None
+        explained = explain(error, url)
+        if isinstance(explained, DatabaseUnreachable):
+            raise explained from None
+        raise
 
-    On PostgreSQL a session-level advisory lock, polled for: a deployer that waited inside pg_advisory_lock would
-    hold a snapshot, which a CREATE INDEX CONCURRENTLY of the other one waits for, and both would wait for ever.
-    """
-    with engine.connect() as connection:
-        if connection.dialect.name != POSTGRESQL:
-            yield connection
-            connection.commit()
-            return
+
+def _primary(error: exc.DBAPIError) -> str:
+    return str(error.orig).strip().partition("\n")[0]
+
+
+@contextmanager
+def _locked_on_postgresql(engine: sa.Engine, schema: str, lock_timeout: float, wait: float) -> Iterator[sa.Connection]:
+    # An application's engine may have another level; migrations count on their transactions.
+    with engine.connect().execution_options(isolation_level="READ COMMITTED") as connection:
         key = zlib.crc32(f"pgqueue migration of {schema}".encode())
-        deadline = time.monotonic() + DEPLOYER_WAIT_SECONDS
+        deadline = time.monotonic() + wait
         while not connection.scalar(sa.text("SELECT pg_try_advisory_lock(:key)"), {"key": key}):
             connection.rollback()
             if time.monotonic() > deadline:
                 raise SchemaOutdated(
-                    f"another process has been migrating schema {schema!r} for {DEPLOYER_WAIT_SECONDS:g} seconds; "
-                    "nothing was changed"
+                    f"another process has been migrating schema {schema!r} for {wait:g} seconds; nothing was changed"
                 )
             time.sleep(_POLL_SECONDS)
-        connection.execute(sa.text("SELECT set_config('lock_timeout', :timeout, false)"), {"timeout": LOCK_TIMEOUT})
-        connection.execute(sa.schema.CreateSchema(schema, if_not_exists=True))
+        milliseconds = f"{int(lock_timeout * 1000)}ms"
+        connection.execute(sa.text("SELECT set_config('lock_timeout', :timeout, false)"), {"timeout": milliseconds})
         connection.commit()
         try:
             yield connection
@@ -174,3 +318,13 @@ def _exclusive(engine: sa.Engine, schema: str) -> Iterator[sa.Connection]:
         finally:
             # The session ends with its lock and its settings, whatever state the migration left it in.
             connection.invalidate()
+
+
+@contextmanager
+def _locked_on_sqlite(engine: sa.Engine, schema: str, lock_timeout: float, wait: float) -> Iterator[sa.Connection]:
+    with engine.connect() as connection, connection.begin():
+        driver = connection.connection.dbapi_connection
+        # pgqueue's own engines have begun it like this already; an application's may not.
+        if driver is not None and not driver.in_transaction:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        yield connection

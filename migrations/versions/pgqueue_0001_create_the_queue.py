@@ -8,6 +8,7 @@ Revision: pgqueue_0001
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import sqlalchemy as sa
@@ -19,13 +20,21 @@ down_revision = None
 branch_labels = ("pgqueue",)
 depends_on = None
 
+ENQUEUE_ARGUMENTS = "text, jsonb, text, integer, timestamptz, text, integer, jsonb"
+
 
 def _schema() -> str:
     """From pgqueue's own env.py, or from `pgqueue_schema` in an application's alembic.ini."""
     config = op.get_context().config
     if config is None:
         return "pgqueue"
-    return config.attributes.get("pgqueue_schema") or config.get_main_option("pgqueue_schema", "pgqueue")
+    name: str = config.attributes.get("pgqueue_schema") or config.get_main_option("pgqueue_schema", "pgqueue")
+    if not re.fullmatch(r"(?!pg_)[a-z_][a-z0-9_]{0,47}", name):
+        raise ValueError(
+            "pgqueue_schema must be at most 48 lower-case letters, digits and underscores, not start with a digit "
+            f"or with 'pg_', got {name!r}"
+        )
+    return name
 
 
 def _flat() -> bool:
@@ -36,17 +45,25 @@ def upgrade() -> None:
     if _flat():
         _create(None, f"{_schema()}_")
         return
-    op.execute(sa.schema.CreateSchema(_schema(), if_not_exists=True))
+    # Asked first, because IF NOT EXISTS still wants the right to create, which the schema's owner may lack.
+    if op.get_context().as_sql or not sa.inspect(op.get_bind()).has_schema(_schema()):
+        op.execute(sa.schema.CreateSchema(_schema(), if_not_exists=True))
     _create(_schema(), "")
-    _create_enqueue_function(_schema())
+    _create_enqueue_function(_quoted(_schema()))
 
 
 def downgrade() -> None:
+    """The schema itself stays: the version table may be in it."""
     schema, prefix = (None, f"{_schema()}_") if _flat() else (_schema(), "")
     if schema is not None:
-        op.execute(f"DROP FUNCTION {schema}.enqueue(text, jsonb, text, smallint, timestamptz, text, smallint, jsonb)")
+        op.execute(f"DROP FUNCTION {_quoted(schema)}.enqueue({ENQUEUE_ARGUMENTS})")
     for table in ("workers", "queues", "job_events", "jobs"):
         op.drop_table(f"{prefix}{table}", schema=schema)
+
+
+def _quoted(name: str) -> str:
+    """Quoted where it has to be: a name like `order` is a word of SQL."""
+    return op.get_context().dialect.identifier_preparer.quote(name)
 
 
 def _create(schema: str | None, prefix: str) -> None:
@@ -199,17 +216,19 @@ def _create(schema: str | None, prefix: str) -> None:
 
     op.create_table(
         f"{prefix}job_events",
-        sa.Column("id", big_id, sa.Identity(always=True), nullable=False),
+        sa.Column(
+            "id", big_id, sa.Identity(always=True), nullable=False, comment="in the order of happening, within a job"
+        ),
         sa.Column("at", moment, server_default=now, nullable=False, comment="when it happened"),
         sa.Column("job_id", sa.BigInteger(), comment="the job; NULL for what happens to a queue"),
-        sa.Column("queue", sa.Text(), nullable=False),
-        sa.Column("task", sa.Text()),
+        sa.Column("queue", sa.Text(), nullable=False, comment="of the job, or the queue it happened to"),
+        sa.Column("task", sa.Text(), comment="of the job"),
         sa.Column("event", sa.Text(), nullable=False, comment="retry, dead, snooze, release, sweep, cancel, …"),
         sa.Column("actor", sa.Text(), nullable=False, comment="worker id, or cli:USER, or the API's caller"),
         sa.Column("attempt", sa.Integer(), comment="the attempt that this ended"),
-        sa.Column("from_status", sa.Text()),
-        sa.Column("to_status", sa.Text()),
-        sa.Column("reason", sa.Text()),
+        sa.Column("from_status", sa.Text(), comment="of the job before"),
+        sa.Column("to_status", sa.Text(), comment="of the job after"),
+        sa.Column("reason", sa.Text(), comment="why, in words"),
         sa.Column("error", document, comment="type, message and traceback of a failed attempt"),
         sa.PrimaryKeyConstraint("id", name=op.f(f"pk_{prefix}job_events")),
         schema=schema,
@@ -220,7 +239,7 @@ def _create(schema: str | None, prefix: str) -> None:
 
     op.create_table(
         f"{prefix}queues",
-        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False, comment="as in jobs.queue"),
         sa.Column("paused_at", moment, comment="nothing is claimed from the queue while this is set"),
         sa.Column("paused_until", moment, comment="end of the pause; NULL: until somebody resumes it"),
         sa.CheckConstraint("paused_until IS NULL OR paused_at IS NOT NULL", name=op.f(f"ck_{prefix}queues_pause")),
@@ -231,12 +250,12 @@ def _create(schema: str | None, prefix: str) -> None:
     op.create_table(
         f"{prefix}workers",
         sa.Column("id", sa.Text(), nullable=False, comment="as in jobs.claimed_by; new at each start"),
-        sa.Column("host", sa.Text(), nullable=False),
-        sa.Column("pid", sa.Integer(), nullable=False),
+        sa.Column("host", sa.Text(), nullable=False, comment="name of its machine"),
+        sa.Column("pid", sa.Integer(), nullable=False, comment="of its process on that machine"),
         sa.Column("version", sa.Text(), nullable=False, comment="of pgqueue"),
         sa.Column("queues", document, nullable=False, comment="concurrency by queue"),
         sa.Column("tasks", document, nullable=False, comment="names of the tasks it knows"),
-        sa.Column("started_at", moment, server_default=now, nullable=False),
+        sa.Column("started_at", moment, server_default=now, nullable=False, comment="when it began to work"),
         sa.Column("heartbeat_at", moment, server_default=now, nullable=False, comment="last sign of life"),
         sa.PrimaryKeyConstraint("id", name=op.f(f"pk_{prefix}workers")),
         schema=schema,
@@ -267,17 +286,20 @@ def _index(
 
 
 def _create_enqueue_function(schema: str) -> None:
-    """For triggers and other languages: the same defaults and the same CHECKs as an enqueue from Python."""
+    """For triggers and other languages: the same defaults and the same CHECKs as an enqueue from Python.
+
+    No percent sign in here: in SQL for people to run (`--sql`) it would come out twice.
+    """
     op.execute(
         f"""
 CREATE FUNCTION {schema}.enqueue(
     task text,
     payload jsonb DEFAULT '{{}}',
     queue text DEFAULT 'default',
-    priority smallint DEFAULT 0::smallint,
+    priority integer DEFAULT 0,
     run_at timestamptz DEFAULT now(),
     unique_key text DEFAULT NULL,
-    max_retries smallint DEFAULT 3::smallint,
+    max_retries integer DEFAULT 3,
     metadata jsonb DEFAULT '{{}}'
 ) RETURNS bigint
 LANGUAGE plpgsql
@@ -303,14 +325,15 @@ BEGIN
             RETURN job_id;
         END IF;
     END LOOP;
-    RAISE EXCEPTION 'pgqueue: the unique key of task % changed hands while the job was being enqueued', enqueue.task
-        USING ERRCODE = 'serialization_failure';
+    RAISE EXCEPTION USING
+        ERRCODE = 'serialization_failure',
+        MESSAGE = 'pgqueue: the unique key of task ' || enqueue.task || ' changed hands while its job was enqueued';
 END
 $function$
 """
     )
     op.execute(
-        f"COMMENT ON FUNCTION {schema}.enqueue(text, jsonb, text, smallint, timestamptz, text, smallint, jsonb) IS "
+        f"COMMENT ON FUNCTION {schema}.enqueue({ENQUEUE_ARGUMENTS}) IS "
         "'Stores a job in the calling transaction and returns its id; with a unique_key that a pending or running "
         "job of the task has, the id of that job.'"
     )
