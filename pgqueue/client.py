@@ -96,6 +96,16 @@ class PgQueue:
 
     # Connections
 
+    @property
+    def has_database(self) -> bool:
+        """Whether a database was named, so that the environment is not asked for one."""
+        return self._url is not None
+
+    def use_schema(self, schema: str) -> None:
+        """Use the tables of this schema from now on; the command line's `--schema` ends up here."""
+        self.schema = checked_schema(schema)
+        self._wake_sender = WakeSender(lambda: self.engine, self.schema)
+
     def connect_to(self, database: str | sa.URL | sa.Engine | AsyncEngine) -> None:
         """Use this database from now on; the command line's `--database-url` ends up here."""
         engine: sa.Engine | None = None
@@ -717,7 +727,7 @@ class Task(Generic[P, R]):
             opened,
         )
 
-    def new(self, *args: P.args, **payload: P.kwargs) -> Job:
+    def new(self, /, *args: P.args, **payload: P.kwargs) -> Job:
         """A job as an ORM object, to be stored with `session.add(…)`.
 
         It is inserted when the session flushes. A unique key that is taken fails that flush with an

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
 import typing
 from collections.abc import Callable, Mapping
@@ -23,6 +24,12 @@ from pgqueue.retry import Retry
 
 #: A payload is a request, not a document store: larger ones slow every claim of their queue.
 PAYLOAD_BYTES_MAX = 1024 * 1024
+
+#: The longest number, in digits, that is read back (Python's own limit for text to int).
+DIGITS_MAX = 4300
+
+#: With no more brackets than this, no text is nested too deeply to be read back.
+NESTING_SAFE = 150
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:\-]{0,127}")
 
@@ -100,7 +107,10 @@ class TaskDefinition:
             raise InvalidPayload(
                 f"payload of task {self.name!r} cannot be stored as JSON: {type(error).__name__}: {error}"
             ) from None
-        return checked_json(text, f"payload of task {self.name!r}")
+        what = f"payload of task {self.name!r}"
+        if "null" in text:
+            _refuse_non_finite(self.payload_adapter.dump_python(checked, warnings="none"), what)
+        return checked_json(text, what)
 
     def decode(self, payload_json: str) -> dict[str, Any]:
         """The keyword arguments that a stored payload stands for. Raises InvalidPayload."""
@@ -123,6 +133,8 @@ def encode_json(value: object, what: str) -> str:
         text = pydantic_core.to_json(value, inf_nan_mode="constants").decode()
     except (ValueError, TypeError, RecursionError) as error:
         raise InvalidPayload(f"{what} cannot be stored as JSON: {type(error).__name__}: {error}") from None
+    if "null" in text:
+        _refuse_non_finite(pydantic_core.to_jsonable_python(value, inf_nan_mode="constants"), what)
     return checked_json(text, what)
 
 
@@ -137,6 +149,10 @@ def checked_json(text: str, what: str) -> str:
             f"{what} is {size:,} bytes of JSON, more than the {PAYLOAD_BYTES_MAX:,} allowed: "
             "store the data elsewhere and pass a reference to it"
         )
+    if text.count("[") + text.count("{") > NESTING_SAFE or (
+        len(text) > DIGITS_MAX and re.search(rf"\d{{{DIGITS_MAX + 1}}}", text)
+    ):
+        _refuse_unreadable(text, what)
     # The exact check walks the whole value, so it is made only where these letters occur at all.
     if "NaN" in text or "Infinity" in text or "\\u0000" in text or "\\ud" in text:
         try:
@@ -146,12 +162,37 @@ def checked_json(text: str, what: str) -> str:
     return text
 
 
+def _refuse_unreadable(text: str, what: str) -> None:
+    """Raise InvalidPayload where a worker could not decode the text: JSON is written deeper than it is read."""
+    try:
+        pydantic_core.from_json(text)
+    except ValueError as error:
+        raise InvalidPayload(f"{what} cannot be stored: it could not be read back: {error}") from None
+
+
+def _refuse_non_finite(value: object, what: str) -> None:
+    """Raise InvalidPayload for a NaN or Infinity anywhere in `value`: pydantic writes them as null."""
+    waiting = [value]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, dict):
+            waiting.extend(found.values())
+        elif isinstance(found, list | tuple | set | frozenset):
+            waiting.extend(found)
+        elif isinstance(found, float) and not math.isfinite(found):
+            name = "NaN" if math.isnan(found) else "Infinity"
+            raise InvalidPayload(f"{what} cannot be stored: it contains {name}, {_NO_CONSTANT}")
+
+
 class _Unstorable(ValueError):
     pass
 
 
+_NO_CONSTANT = "which JSON does not know; use None or a string"
+
+
 def _refuse_constant(constant: str) -> None:
-    raise _Unstorable(f"it contains {constant}, which JSON does not know; use None or a string")
+    raise _Unstorable(f"it contains {constant}, {_NO_CONSTANT}")
 
 
 def _refuse_unstorable(value: object, path: str) -> None:

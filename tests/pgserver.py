@@ -27,7 +27,10 @@ INITDB_ARGS = "-U postgres -A trust -E UTF8 --locale=C"
 
 #: For all tests but those that pull the plug: nothing has to survive a power failure.
 FAST_ARGS = "-F -c synchronous_commit=off -c full_page_writes=off"
-COMMON_ARGS = "-h 127.0.0.1 -c max_connections=200 -c shared_buffers=64MB -c deadlock_timeout=200ms"
+COMMON_ARGS = (
+    "-h 127.0.0.1 -c max_connections=200 -c shared_buffers=64MB -c deadlock_timeout=200ms "
+    "-c max_prepared_transactions=20"  # for two-phase commit
+)
 
 
 class NoPostgreSQL(Exception):
