@@ -101,8 +101,14 @@ class WakeSender:
         return self._engine().connect().execution_options(isolation_level="AUTOCOMMIT")
 
     def _notify(self, connection: sa.Connection, queues: set[str]) -> None:
-        calls = [{"channel": channel(self._schema), "queue": queue} for queue in sorted(queues)]
-        connection.execute(sa.text("SELECT pg_notify(:channel, :queue)"), calls)
+        # One statement and one commit for all queues; a hint need not wait for the disk.
+        connection.execute(
+            sa.text(
+                "SELECT set_config('synchronous_commit', 'off', true), pg_notify(:channel, queue)"
+                " FROM unnest(CAST(:queues AS text[])) AS queue"
+            ),
+            {"channel": channel(self._schema), "queues": sorted(queues)},
+        )
 
     def _flush(self) -> None:
         deadline = time.monotonic() + EXIT_WAIT_SECONDS
