@@ -49,5 +49,8 @@ layers: $(VENV)/.pgqueue-lint ## check that imports point downwards only
 
 check: lint types layers test ## all of the above
 
+bench: $(VENV)/.pgqueue-test ## measure; e.g. make bench ARGS='drain --repeat 3'
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
 clean: ## remove what was made here
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
