@@ -1,7 +1,8 @@
 """Runs pgqueue's migrations: from `pgqueue db …`, which brings a connection, or from `alembic` in a checkout.
 
-A revision runs in a transaction of its own, with a lock_timeout. CREATE INDEX CONCURRENTLY belongs into an
-`autocommit_block()`; it has to wait for old transactions, so it sets lock_timeout to 0 first and back afterwards.
+On PostgreSQL a revision is one transaction, with a lock_timeout. CREATE INDEX CONCURRENTLY belongs into an
+`autocommit_block()`; it has to wait for old transactions, so set lock_timeout to 0 before it and back after it.
+On SQLite all revisions of an upgrade are one transaction, and there is no such block.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from alembic import context
 
 from pgqueue.config import LOCAL_URL, url_from_environment
 from pgqueue.engine import make_engine, parse_url
-from pgqueue.migration import LOCK_TIMEOUT_SECONDS, configure_options, exclusive
+from pgqueue.migration import LOCK_TIMEOUT_SECONDS, configure_options, exclusive, quiet_about_expressions
 from pgqueue.schema import tables_for
 
 
@@ -28,7 +29,7 @@ def run(database: str, **options: Any) -> None:
         **configure_options(database, schema()),
         **options,
     )
-    with context.begin_transaction():
+    with quiet_about_expressions(), context.begin_transaction():
         if database == "postgresql":
             _create_schema()
         context.run_migrations()

@@ -14,6 +14,7 @@ import io
 import logging
 import threading
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -140,7 +141,13 @@ def differences(connection: sa.Connection, schema: str) -> list[Any]:
     """What Alembic would change to make the tables what this code expects; empty when they are."""
     name = connection.dialect.name
     context = MigrationContext.configure(connection, opts=configure_options(name, schema))
-    return list(alembic.autogenerate.compare_metadata(context, tables_for(name, schema).metadata))
+    with quiet_about_expressions():
+        found = list(alembic.autogenerate.compare_metadata(context, tables_for(name, schema).metadata))
+    if name == SQLITE:
+        present = _index_names(connection, schema)
+        for table in tables_for(name, schema).metadata.sorted_tables:
+            found += [("add_index", index) for index in _over_expressions(table) if index.name not in present]
+    return found
 
 
 def offline_sql(dialect_name: str, schema: str, revision: str = "head") -> str:
@@ -180,12 +187,14 @@ def exclusive(
 def configure_options(dialect_name: str, schema: str) -> dict[str, Any]:
     """What env.py passes to `context.configure` besides the connection."""
     flat = dialect_name == SQLITE
-    names = {table.name for table in tables_for(dialect_name, schema).metadata.tables.values()}
+    tables = tables_for(dialect_name, schema).metadata.sorted_tables
+    names = {table.name for table in tables}
+    incomparable = {index.name for table in tables for index in _over_expressions(table)}
 
     def include_name(name: str | None, type_: str, parent_names: Any) -> bool:
-        if flat:
-            return type_ != "table" or name in names
-        return type_ != "schema" or name == schema
+        if not flat:
+            return type_ != "schema" or name == schema
+        return (type_ != "table" or name in names) and (type_ != "index" or name not in incomparable)
 
     schema_name, version_table = _place(dialect_name, schema)
     return {
@@ -197,6 +206,14 @@ def configure_options(dialect_name: str, schema: str) -> dict[str, Any]:
         "compare_server_default": False,  # the database writes expressions in its own words
         "transaction_per_migration": True,
     }
+
+
+@contextmanager
+def quiet_about_expressions() -> Iterator[None]:
+    """Without the warning that Alembic cannot compare indexes over expressions (`priority DESC`) on SQLite."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "autogenerate skipping metadata-specified expression-based index")
+        yield
 
 
 # Helpers ------------------------------------------------------------------------------------------------------
@@ -237,16 +254,13 @@ def _require_parts(connection: sa.Connection, schema: str) -> None:
     if not _has_jobs(connection, schema):
         raise SchemaMissing(f"schema {schema!r} has no pgqueue tables; create them with: pgqueue db upgrade")
     tables = tables_for(connection.dialect.name, schema).metadata.sorted_tables
-    inspector = sa.inspect(connection)
-    columns = inspector.get_multi_columns(schema=tables[0].schema)
-    indexes = inspector.get_multi_indexes(schema=tables[0].schema)
+    columns = sa.inspect(connection).get_multi_columns(schema=tables[0].schema)
+    indexes = _index_names(connection, schema)
     missing = []
     for table in tables:
-        key = (table.schema, table.name)
-        has_columns = {column["name"] for column in columns.get(key, [])}
-        missing += [f"{table.name}.{column.name}" for column in table.columns if column.name not in has_columns]
-        has_indexes = {index["name"] for index in indexes.get(key, [])}
-        missing += [str(index.name) for index in table.indexes if index.name not in has_indexes]
+        present = {column["name"] for column in columns.get((table.schema, table.name), [])}
+        missing += [f"{table.name}.{column.name}" for column in table.columns if column.name not in present]
+        missing += [str(index.name) for index in table.indexes if index.name not in indexes]
     if missing:
         raise SchemaOutdated(
             f"the tables of schema {schema!r} are older than this code, or damaged: {', '.join(sorted(missing))} "
@@ -255,7 +269,21 @@ def _require_parts(connection: sa.Connection, schema: str) -> None:
         )
 
 
+def _index_names(connection: sa.Connection, schema: str) -> set[str]:
+    """Of PostgreSQL those in the schema, of SQLite all."""
+    if connection.dialect.name == SQLITE:
+        return set(connection.scalars(sa.text("SELECT name FROM sqlite_master WHERE type = 'index'")))
+    query = sa.text("SELECT indexname FROM pg_indexes WHERE schemaname = :schema")
+    return set(connection.scalars(query, {"schema": schema}))
+
+
+def _over_expressions(table: sa.Table) -> list[sa.Index]:
+    return [index for index in table.indexes if any(not isinstance(part, sa.Column) for part in index.expressions)]
+
+
 def _run(run: Callable[..., None], connection: sa.Connection, schema: str, revision: str) -> None:
+    if connection.dialect.name == POSTGRESQL:
+        connection.commit()  # Alembic makes each revision a transaction only if it finds none
     with _alembic, _command_errors(revision):
         run(_config(schema, connection=connection), revision)
 
