@@ -135,7 +135,7 @@ def statuses(pgq: PgQueue) -> dict[int, str]:
     """The status of every job by id."""
     jobs = pgq.tables.jobs
     with pgq.begin() as connection:
-        return {job_id: status for job_id, status in connection.execute(sa.select(jobs.c.id, jobs.c.status))}
+        return {found.id: found.status for found in connection.execute(sa.select(jobs.c.id, jobs.c.status))}
 
 
 def events(pgq: PgQueue, job_id: int) -> list[str]:

@@ -26,7 +26,11 @@ WHEEL_FOLDERS = {"16": "pginstall16", "18": "pginstall18"}
 INITDB_ARGS = "-U postgres -A trust -E UTF8 --locale=C"
 
 #: For all tests but those that pull the plug: nothing has to survive a power failure.
-FAST_ARGS = "-F -c synchronous_commit=off -c full_page_writes=off"
+FAST_ARGS = "-F -c synchronous_commit=off -c full_page_writes=off -c max_wal_size=128MB"
+
+#: Where such a server keeps its files if there is room: a database per test is 20 times faster to make in memory.
+MEMORY_FOLDER = Path("/dev/shm")
+MEMORY_BYTES_MIN = 2 * 1024**3
 COMMON_ARGS = (
     "-h 127.0.0.1 -c max_connections=200 -c shared_buffers=64MB -c deadlock_timeout=200ms "
     "-c max_prepared_transactions=20"  # for two-phase commit
@@ -91,6 +95,7 @@ class Server(testing.postgresql.Postgresql):
 
     def __init__(self, bin_folder: Path, *, durable: bool = False) -> None:
         self.account = _account()
+        self.durable = durable
         self.copied: str | None = None
         bin_folder = self._reachable(bin_folder)
         self.bin_folder = bin_folder
@@ -163,6 +168,12 @@ class Server(testing.postgresql.Postgresql):
             os.chmod(folder, 0o755)
         return target / "bin"
 
+    def initialize(self) -> None:
+        if not self.durable and _has_room(MEMORY_FOLDER):
+            os.rmdir(self.base_dir)
+            self.base_dir = tempfile.mkdtemp(dir=MEMORY_FOLDER)
+        super().initialize()
+
     def initialize_database(self) -> None:
         self._dropping_privileges(super().initialize_database)
 
@@ -230,6 +241,10 @@ class _Adopted:
                 raise subprocess.TimeoutExpired("postgres", timeout or 60.0)
             time.sleep(0.01)
         return 0
+
+
+def _has_room(folder: Path) -> bool:
+    return os.access(folder, os.W_OK | os.X_OK) and shutil.disk_usage(folder).free >= MEMORY_BYTES_MIN
 
 
 def _link_or_copy(source: str, target: str) -> None:

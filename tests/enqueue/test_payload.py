@@ -270,12 +270,12 @@ def test_null_itself_is_no_nan(sqlite_url: str) -> None:
 
 
 def test_metadata_and_results_with_nan_are_refused(pgq: PgQueue) -> None:
-    with pgq.begin() as connection, pytest.raises(InvalidPayload, match="metadata cannot be stored: .*NaN"):
+    with pgq.begin() as connection, pytest.raises(InvalidPayload, match="metadata cannot be stored: it contains NaN"):
         external(pgq).using(metadata={"a": Model(number=math.nan)}).enqueue(connection)
     by_enqueue(external(pgq), {})
     job = claim_one(pgq)
 
-    with pytest.raises(InvalidPayload, match="result cannot be stored: .*NaN"):
+    with pytest.raises(InvalidPayload, match="result cannot be stored: it contains NaN"):
         pgq.ack(job, result=Model(number=math.nan))
 
     assert pgq.get_job(job.id).status == "running"
@@ -321,7 +321,7 @@ def test_a_payload_that_contains_itself_is_refused(sqlite_url: str) -> None:
     value: list[Any] = []
     value.append(value)
 
-    with pytest.raises(InvalidPayload, match="cannot be stored as JSON: .*Circular"):
+    with pytest.raises(InvalidPayload, match=r"cannot be stored as JSON: .*Circular"):
         external(PgQueue(sqlite_url)).definition.encode({"value": value})
 
 
