@@ -75,6 +75,7 @@ def make_async_engine(url: sa.URL) -> AsyncEngine:
         engine = create_async_engine(url.set(drivername="sqlite+aiosqlite"), hide_parameters=True)
         prepare_sqlite(engine.sync_engine)
         return engine
+    _require_libpq()
     return create_async_engine(
         url,
         connect_args=_connect_arguments(url),
@@ -172,6 +173,11 @@ def explain(error: exc.DBAPIError, url: sa.URL) -> PgqueueError | None:
     sqlstate = getattr(error.orig, "sqlstate", None) or ""
     if sqlstate in ("42P01", "3F000") or "no such table" in message:
         return SchemaMissing(f"pgqueue's tables are not in {where}; create them with: pgqueue db upgrade")
+    if sqlstate == "42501":
+        return ConfigurationError(
+            f"database user {url.username!r} lacks a right in {where}: {message}. Working takes, from the owner: GRANT "
+            "USAGE on the schema, and SELECT, INSERT, UPDATE, DELETE on its tables"
+        )
     if "unable to open database file" in message:
         return DatabaseUnreachable(f"cannot open {where}: does the folder exist, and may this user write there?")
     if "readonly database" in message:

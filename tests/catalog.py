@@ -69,4 +69,4 @@ def _neutral(value: Any, schema: str) -> Any:
     """Without the schema's name, so that two schemas can be compared."""
     if not isinstance(value, str):
         return value
-    return value.replace(f"{schema}.", "SCHEMA.").replace(f"{schema}_", "SCHEMA_")
+    return value.replace(f'"{schema}".', "SCHEMA.").replace(f"{schema}.", "SCHEMA.").replace(f"{schema}_", "SCHEMA_")
