@@ -23,6 +23,8 @@ TRACEBACK_CHARACTERS_MAX = 20_000
 #: How long a coroutine may take to end after its timeout before the worker goes on without it.
 CANCEL_GRACE_SECONDS = 5.0
 
+CANCELLED_ITSELF = Failed(ErrorInfo("asyncio.CancelledError", "the task cancelled itself"))
+
 _current: contextvars.ContextVar[ClaimedJob] = contextvars.ContextVar("pgqueue_current_job")
 
 
@@ -36,9 +38,13 @@ def current_job() -> ClaimedJob:
 
 def execute(task: TaskDefinition, job: ClaimedJob, *leading: Any) -> Outcome:
     """Run a `def` task. `leading` goes before the payload's arguments (the session of a transactional task)."""
+    try:
+        arguments = task.decode(job.payload_json)
+    except BaseException as error:  # noqa: BLE001 — validators of the application's own may raise anything
+        return _unusable(error)
     token = _current.set(job)
     try:
-        return completed(task, task.function(*leading, **task.decode(job.payload_json)))
+        return completed(task, task.function(*leading, **arguments))
     except BaseException as error:  # noqa: BLE001 — whatever a task raises ends its attempt, not the worker
         return outcome_of(error)
     finally:
@@ -48,20 +54,23 @@ def execute(task: TaskDefinition, job: ClaimedJob, *leading: Any) -> Outcome:
 async def execute_async(task: TaskDefinition, job: ClaimedJob, *leading: Any) -> Outcome:
     """Run an `async def` task, at most `task.timeout` seconds.
 
-    Cancelling this coroutine cancels the task; a task that refuses to end is left behind after a grace, so
-    that it cannot hold up the worker.
+    Cancelling this coroutine cancels the task; a task with a timeout that refuses to end is left behind after a
+    grace, so that it cannot hold up the worker.
     """
-    token = _current.set(job)
     try:
         arguments = task.decode(job.payload_json)
+    except BaseException as error:  # noqa: BLE001 — as above
+        return _unusable(error)
+    token = _current.set(job)
+    try:
         if task.timeout is None:
             return completed(task, await task.function(*leading, **arguments))
         return await _within(task.timeout, task, job, lambda: task.function(*leading, **arguments))
     except asyncio.CancelledError:
         running = asyncio.current_task()
         if running is not None and running.cancelling():
-            raise  # the worker is stopping this attempt; a task that raises CancelledError itself has failed
-        return Failed(ErrorInfo("asyncio.CancelledError", "the task cancelled itself"))
+            raise  # somebody stops this attempt; a task that merely raises CancelledError has failed
+        return CANCELLED_ITSELF
     except BaseException as error:  # noqa: BLE001 — as above
         return outcome_of(error)
     finally:
@@ -71,8 +80,13 @@ async def execute_async(task: TaskDefinition, job: ClaimedJob, *leading: Any) ->
 async def _within(
     seconds: float, task: TaskDefinition, job: ClaimedJob, start: Callable[[], Awaitable[Any]]
 ) -> Outcome:
-    async def call() -> Any:
-        return await start()
+    async def call() -> Outcome:
+        try:
+            return completed(task, await start())
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # noqa: BLE001 — a SystemExit that leaves an asyncio task ends its event loop
+            return outcome_of(error)
 
     running = asyncio.ensure_future(call())
     try:
@@ -88,17 +102,19 @@ async def _within(
                     job.id,
                     seconds,
                 )
-            elif not running.cancelled():
-                running.exception()  # seen, so that it is not reported as never retrieved
             return Failed(ErrorInfo("TimeoutError", f"the attempt took longer than its timeout of {seconds} s"))
     except asyncio.CancelledError:
         running.cancel()
         await asyncio.wait({running}, timeout=CANCEL_GRACE_SECONDS)
         raise
-    if running.cancelled():
-        return Failed(ErrorInfo("asyncio.CancelledError", "the task cancelled itself"))
-    error = running.exception()
-    return outcome_of(error) if error is not None else completed(task, running.result())
+    return CANCELLED_ITSELF if running.cancelled() else running.result()
+
+
+def _unusable(error: BaseException) -> Outcome:
+    """The outcome of a job whose payload cannot be decoded: the same payload will not fit next time either."""
+    if isinstance(error, InvalidPayload):
+        return Discarded("the payload cannot be used", describe(error))
+    return outcome_of(error)
 
 
 def completed(task: TaskDefinition, result: object) -> Outcome:
@@ -131,9 +147,6 @@ def outcome_of(error: BaseException) -> Outcome:
             return Cancelled(clean(error.reason, MESSAGE_CHARACTERS_MAX))
         case TaskSignal():
             return Failed(describe(error))
-        case InvalidPayload():
-            # The same payload will not fit on the next attempt either.
-            return Discarded("the payload cannot be used", describe(error))
         case _:
             return Failed(describe(error))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,8 +26,7 @@ from pgqueue.job import (
 
 Backoff = Literal["exponential", "linear", "constant"]
 
-#: Above this exponent the power overflows a float long after any cap was reached.
-_EXPONENT_MAX = 1000
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class Retry:
     * ``"exponential"``: ``base * 2 ** (n - 1)``; with ``base=2``: 2, 4, 8, 16, …
     * ``"linear"``: ``base * n``
     * ``"constant"``: ``base``
-    * a callable: what it returns for n
+    * a callable: what it returns for n; `cap` when it fails or returns no number
 
     With `jitter` the wait is drawn evenly from the upper half of that ("equal jitter" of M. Brooker,
     "Exponential Backoff And Jitter", AWS Architecture Blog, 2015): retries of many jobs spread out, and none
@@ -51,31 +52,43 @@ class Retry:
     jitter: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_retries <= 32767:
-            raise ConfigurationError(f"max_retries must be between 0 and 32767, got {self.max_retries!r}")
+        retries: object = self.max_retries
+        if not isinstance(retries, int) or isinstance(retries, bool) or not 0 <= retries <= 32767:
+            raise ConfigurationError(f"max_retries must be a whole number between 0 and 32767, got {retries!r}")
         if not callable(self.backoff) and self.backoff not in ("exponential", "linear", "constant"):
             raise ConfigurationError(
                 "backoff must be 'exponential', 'linear', 'constant' or a function from the retry's number "
                 f"to seconds, got {self.backoff!r}"
             )
-        if not 0 <= self.base < float("inf"):
-            raise ConfigurationError(f"base must be a number of seconds from 0, got {self.base!r}")
-        if not 0 <= self.cap < float("inf"):
-            raise ConfigurationError(f"cap must be a number of seconds from 0, got {self.cap!r}")
+        for name in ("base", "cap"):
+            seconds = getattr(self, name)
+            if not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
+                raise ConfigurationError(f"{name} must be a number of seconds from 0, got {seconds!r}")
 
     def delay(self, retry: int, random: float) -> float:
         """Seconds to wait before the `retry`-th retry (from 1); `random` in [0, 1) decides the jitter."""
         if callable(self.backoff):
-            wait = as_seconds(self.backoff(retry))
+            wait = self._call(self.backoff, retry)
         elif self.backoff == "exponential":
-            exponent = retry - 1
-            wait = self.cap if exponent > _EXPONENT_MAX else self.base * 2.0**exponent
+            try:
+                wait = math.ldexp(self.base, retry - 1)
+            except OverflowError:
+                wait = self.cap
         elif self.backoff == "linear":
             wait = self.base * retry
         else:
             wait = self.base
         wait = min(max(wait, 0.0), self.cap)
-        return wait * (1 + random) / 2 if self.jitter else wait
+        return wait * ((1 + random) / 2) if self.jitter else wait
+
+    def _call(self, backoff: Callable[[int], float | timedelta], retry: int) -> float:
+        """What the application's function says. Its mistakes must not keep a failure from being recorded."""
+        try:
+            wait = as_seconds(backoff(retry))
+        except Exception:
+            logger.exception("the backoff function %r failed; the retry waits its cap, %g s", backoff, self.cap)
+            return self.cap
+        return self.cap if math.isnan(wait) else wait
 
 
 def as_seconds(duration: float | timedelta) -> float:

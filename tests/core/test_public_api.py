@@ -1,0 +1,59 @@
+"""What `import pgqueue` promises."""
+
+from __future__ import annotations
+
+import pgqueue
+
+
+def test_the_public_names_are_these() -> None:
+    assert pgqueue.__all__ == [
+        "Cancel",
+        "ClaimLost",
+        "ClaimedJob",
+        "ConfigurationError",
+        "DatabaseUnreachable",
+        "Discard",
+        "DuplicateJob",
+        "EnqueueOptions",
+        "EnqueueResult",
+        "IllegalTransition",
+        "InvalidPayload",
+        "InvalidTask",
+        "Job",
+        "JobNotFound",
+        "JobStatus",
+        "NotAwaited",
+        "OnConflict",
+        "PgQueue",
+        "PgqueueError",
+        "Retry",
+        "SchemaMissing",
+        "SchemaOutdated",
+        "Snooze",
+        "Task",
+        "TaskNotFound",
+        "Worker",
+        "WorkerConfig",
+        "WorkerReport",
+        "WrongSession",
+        "__version__",
+        "current_job",
+    ]
+
+
+def test_the_public_names_are_sorted_and_there() -> None:
+    assert list(pgqueue.__all__) == sorted(pgqueue.__all__)
+    for name in pgqueue.__all__:
+        assert hasattr(pgqueue, name)
+
+
+def test_every_error_of_the_package_is_public_and_has_one_base_class() -> None:
+    errors = vars(pgqueue.errors).values()
+    own = {error for error in errors if isinstance(error, type) and issubclass(error, pgqueue.PgqueueError)}
+
+    assert {error.__name__ for error in own} <= set(pgqueue.__all__)
+
+
+def test_what_a_task_raises_to_say_how_it_ends_is_no_error_of_the_package() -> None:
+    for signal in (pgqueue.Snooze, pgqueue.Discard, pgqueue.Cancel):
+        assert not issubclass(signal, pgqueue.PgqueueError)
