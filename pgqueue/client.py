@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, overload
 
 import sqlalchemy as sa
@@ -42,7 +42,7 @@ from pgqueue.job import (
     Released,
 )
 from pgqueue.notifier import WakeSender
-from pgqueue.retry import Retry, as_seconds, decide
+from pgqueue.retry import DELAY_SECONDS_MAX, Retry, as_seconds, decide
 from pgqueue.schema import KEY_CHARACTERS_MAX, Tables, tables_for
 from pgqueue.task import TaskDefinition, checked_name, checked_priority, encode_json
 from pgqueue.transaction import (
@@ -64,6 +64,9 @@ _Job = Job
 
 #: How many expired claims a low-level `claim` takes from dead workers before it looks for due jobs.
 SWEEP_BEFORE_CLAIM = 100
+
+#: Moments outside of these are a mistake, and some could be stored but not be read again.
+RUN_AT_MIN, RUN_AT_MAX = datetime(1970, 1, 1, tzinfo=UTC), datetime(9000, 1, 1, tzinfo=UTC)
 
 #: The policy behind a `nack` with an error: what a task without settings of its own has.
 _DEFAULT_RETRY = Retry()
@@ -170,6 +173,7 @@ class PgQueue:
 
     def dispose(self) -> None:
         """Close the pooled connections of pgqueue's own engine. It connects again when used again."""
+        self._wake_sender.close()
         with self._lock:
             if self._engine is not None:
                 self._engine.dispose()
@@ -335,7 +339,7 @@ class PgQueue:
         unless you roll your session back.
         """
         result_json = None if result is None else encode_json(result, "result")
-        self._finish(jobs, lambda job: Completed(result_json), session)
+        self._finish("ack", jobs, lambda job: Completed(result_json), session)
 
     async def ack_async(
         self,
@@ -345,7 +349,7 @@ class PgQueue:
         session: AsyncTransaction | None = None,
     ) -> None:
         result_json = None if result is None else encode_json(result, "result")
-        await self._finish_async(jobs, lambda job: Completed(result_json), session)
+        await self._finish_async("ack_async", jobs, lambda job: Completed(result_json), session)
 
     def nack(
         self,
@@ -363,7 +367,7 @@ class PgQueue:
         retry left the job is dead. With `dead=True` it is dead now.
         Raises ClaimLost as `ack` does.
         """
-        self._finish(jobs, _nack_outcome(delay, error, dead), session, delay=delay)
+        self._finish("nack", jobs, _nack_outcome(delay, error, dead), session, delay=delay)
 
     async def nack_async(
         self,
@@ -374,7 +378,7 @@ class PgQueue:
         dead: bool = False,
         session: AsyncTransaction | None = None,
     ) -> None:
-        await self._finish_async(jobs, _nack_outcome(delay, error, dead), session, delay=delay)
+        await self._finish_async("nack_async", jobs, _nack_outcome(delay, error, dead), session, delay=delay)
 
     def extend(self, jobs: ClaimedJob | Iterable[ClaimedJob], *, lease: float = 30.0) -> None:
         """Hold the jobs for `lease` more seconds from now. Raises ClaimLost, naming those that are held no more."""
@@ -393,6 +397,7 @@ class PgQueue:
 
     def _finish(
         self,
+        call: str,
         jobs: ClaimedJob | Iterable[ClaimedJob],
         outcome: Callable[[ClaimedJob], Outcome],
         session: SyncTransaction | None,
@@ -400,7 +405,7 @@ class PgQueue:
     ) -> None:
         chosen = _as_list(jobs)
         if session is not None:
-            _, connection = open_transaction(session, "ack")
+            _, connection = open_transaction(session, call)
             written = self._write(connection, chosen, outcome, delay)
         else:
             with self.begin() as connection:
@@ -409,6 +414,7 @@ class PgQueue:
 
     async def _finish_async(
         self,
+        call: str,
         jobs: ClaimedJob | Iterable[ClaimedJob],
         outcome: Callable[[ClaimedJob], Outcome],
         session: AsyncTransaction | None,
@@ -417,7 +423,7 @@ class PgQueue:
         chosen = _as_list(jobs)
         if session is not None:
             written = await run_in_transaction(
-                session, "ack_async", lambda _, connection: self._write(connection, chosen, outcome, delay)
+                session, call, lambda _, connection: self._write(connection, chosen, outcome, delay)
             )
         else:
             written = await self._run_async(lambda connection: self._write(connection, chosen, outcome, delay))
@@ -508,8 +514,11 @@ class PgQueue:
         """Let nothing be claimed from a queue, for a time or until `resume`. Running jobs go on."""
         checked_name("queue", queue)
         seconds = None if duration is None else as_seconds(duration)
-        if seconds is not None and not 0 < seconds < float("inf"):
-            raise ConfigurationError(f"the duration of a pause must be more than 0 seconds, got {duration!r}")
+        if seconds is not None and not 0 < seconds <= DELAY_SECONDS_MAX:
+            raise ConfigurationError(
+                f"the duration of a pause must be more than 0 and at most {DELAY_SECONDS_MAX:.0f} seconds, "
+                f"got {duration!r}"
+            )
         with self.begin() as connection:
             store.pause_queue(
                 connection, self.tables, queue, seconds=seconds, actor=actor or default_actor(), reason=reason
@@ -546,8 +555,10 @@ class PgQueue:
         Dead jobs are kept unless `statuses` names them. `pruned` is told of each batch.
         """
         seconds = as_seconds(older_than)
-        if not 0 <= seconds < float("inf"):
-            raise ConfigurationError(f"older_than must be 0 seconds or more, got {older_than!r}")
+        if not 0 <= seconds <= DELAY_SECONDS_MAX:
+            raise ConfigurationError(
+                f"older_than must be between 0 and {DELAY_SECONDS_MAX:.0f} seconds, got {older_than!r}"
+            )
         final = [status for status in JobStatus if status not in (JobStatus.PENDING, JobStatus.RUNNING)]
         for status in statuses:
             if status not in final:
@@ -607,6 +618,10 @@ class EnqueueOptions:
             if self.at.tzinfo is None or self.at.utcoffset() is None:
                 raise ConfigurationError(
                     f"at must say its time zone, got the naive {self.at!r}; for example datetime.now(UTC) + …"
+                )
+            if not RUN_AT_MIN <= self.at < RUN_AT_MAX:
+                raise ConfigurationError(
+                    f"at must lie between the years {RUN_AT_MIN.year} and {RUN_AT_MAX.year}, got {self.at!r}"
                 )
         if self.unique_key is not None and not (
             isinstance(self.unique_key, str) and 1 <= len(self.unique_key) <= KEY_CHARACTERS_MAX
@@ -857,9 +872,11 @@ def _require_written(jobs: Sequence[ClaimedJob], written: set[int]) -> None:
 def _checked_delay(delay: float | timedelta) -> float:
     if isinstance(delay, bool) or not isinstance(delay, int | float | timedelta):
         raise ConfigurationError(f"delay must be seconds or a timedelta, got {type(delay).__name__}")
+    if isinstance(delay, int) and delay > DELAY_SECONDS_MAX:
+        delay = float("inf")  # it may be too large to be a float at all
     seconds = as_seconds(delay)
-    if not 0 <= seconds < float("inf"):
-        raise ConfigurationError(f"delay must be 0 seconds or more, got {delay!r}")
+    if not 0 <= seconds <= DELAY_SECONDS_MAX:
+        raise ConfigurationError(f"delay must be between 0 and {DELAY_SECONDS_MAX:.0f} seconds, got {delay!r}")
     return seconds
 
 

@@ -28,6 +28,9 @@ Backoff = Literal["exponential", "linear", "constant"]
 
 logger = logging.getLogger(__name__)
 
+#: The longest wait, a hundred years: a moment after the year 9999 could be stored, but not be read again.
+DELAY_SECONDS_MAX = 100 * 366 * 86_400.0
+
 
 @dataclass(frozen=True, slots=True)
 class Retry:

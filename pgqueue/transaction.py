@@ -29,7 +29,7 @@ _WAKES = "pgqueue_wakes"
 _UNAWAITED = "pgqueue_unawaited"
 
 _connection_wakes: weakref.WeakKeyDictionary[sa.Connection, dict[Wake, set[str]]] = weakref.WeakKeyDictionary()
-_connection_unawaited: weakref.WeakKeyDictionary[sa.Connection, dict[int, str]] = weakref.WeakKeyDictionary()
+_connection_unawaited: weakref.WeakKeyDictionary[sa.Connection, dict[object, str]] = weakref.WeakKeyDictionary()
 
 
 def open_transaction(given: object, call: str) -> tuple[Session | sa.Connection, sa.Connection]:
@@ -152,13 +152,14 @@ class MustAwait(Awaitable[T], Generic[T]):
         self._start: Callable[[], Awaitable[T]] | None = start
         self._call = call
         self._unawaited = _expect_await(target)
-        self._unawaited[id(self)] = call
+        self._key = object()  # not id(self), which the next object may have once this one is thrown away
+        self._unawaited[self._key] = call
 
     def __await__(self) -> Generator[Any, None, T]:
         if self._start is None:
             raise RuntimeError(f"{self._call} was awaited twice")
         start, self._start = self._start, None
-        self._unawaited.pop(id(self), None)
+        self._unawaited.pop(self._key, None)
         return start().__await__()
 
     def __del__(self) -> None:
@@ -166,9 +167,9 @@ class MustAwait(Awaitable[T], Generic[T]):
             warnings.warn(f"{self._call} was never awaited: nothing was enqueued", RuntimeWarning, stacklevel=2)
 
 
-def _expect_await(target: AsyncSession | AsyncConnection) -> dict[int, str]:
+def _expect_await(target: AsyncSession | AsyncConnection) -> dict[object, str]:
     """The calls on this session that were not awaited yet; from now on its commit fails while there are any."""
-    unawaited: dict[int, str] | None
+    unawaited: dict[object, str] | None
     if isinstance(target, AsyncSession):
         session = target.sync_session
         unawaited = session.info.get(_UNAWAITED)
@@ -190,7 +191,7 @@ def _expect_await(target: AsyncSession | AsyncConnection) -> dict[int, str]:
     return unawaited
 
 
-def _require_awaited(unawaited: dict[int, str]) -> None:
+def _require_awaited(unawaited: dict[object, str]) -> None:
     if unawaited:
         calls = ", ".join(unawaited.values())
         unawaited.clear()

@@ -1,4 +1,4 @@
-"""What `using(…)` changes: when a job is due, in which order and queue, how often it is tried, and that it is unique."""
+"""What `using(…)` changes: when a job is due, its order and queue, how often it is tried, and that it is unique."""
 
 from __future__ import annotations
 
