@@ -49,6 +49,7 @@ class WakeSender:
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
         self._changed = threading.Event()
+        self._closing = False
 
     def __call__(self, queues: set[str], committed: bool) -> None:
         if os.getpid() != self._pid:  # a forked child has neither the thread nor a usable connection
@@ -68,11 +69,20 @@ class WakeSender:
                 atexit.register(self._flush)
         self._changed.set()
 
+    def close(self) -> None:
+        """Send what is due and give the connection back. A later wake-up opens a new one."""
+        thread = self._thread
+        if thread is None or os.getpid() != self._pid:
+            return
+        self._closing = True
+        self._changed.set()
+        thread.join(EXIT_WAIT_SECONDS)
+
     def _run(self) -> None:
         connection: sa.Connection | None = None
         try:
             while True:
-                if not self._changed.wait(IDLE_SECONDS):
+                if not self._closing and not self._changed.wait(IDLE_SECONDS):
                     with self._lock:
                         if not self._wanted:
                             self._thread = None
@@ -81,6 +91,9 @@ class WakeSender:
                 time.sleep(max(0.0, self._not_before - time.monotonic()))
                 with self._lock:
                     queues, self._wanted = self._wanted, set()
+                    if self._closing and not queues:
+                        self._closing, self._thread = False, None
+                        return
                 if not queues:
                     continue
                 try:
