@@ -11,7 +11,7 @@ from typing import Any
 
 from pgqueue.errors import Cancel, Discard, InvalidPayload, Snooze, TaskSignal
 from pgqueue.job import Cancelled, ClaimedJob, Completed, Discarded, ErrorInfo, Failed, Outcome, Snoozed
-from pgqueue.retry import as_seconds
+from pgqueue.retry import DELAY_SECONDS_MAX, as_seconds
 from pgqueue.task import TaskDefinition, encode_json
 
 logger = logging.getLogger(__name__)
@@ -134,17 +134,18 @@ def outcome_of(error: BaseException) -> Outcome:
         case Snooze():
             try:
                 delay = as_seconds(error.delay)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 delay = -1.0
-            if not 0 <= delay < float("inf"):
-                return Failed(
-                    ErrorInfo("ValueError", f"Snooze needs a delay of 0 seconds or more, got {error.delay!r}")
+            if not 0 <= delay <= DELAY_SECONDS_MAX:
+                problem = (
+                    f"Snooze needs a delay between 0 and {DELAY_SECONDS_MAX:.0f} seconds, got {_text(error.delay)}"
                 )
-            return Snoozed(delay, clean(error.reason, MESSAGE_CHARACTERS_MAX))
+                return Failed(ErrorInfo("ValueError", problem))
+            return Snoozed(delay, _text(error.reason))
         case Discard():
-            return Discarded(clean(error.reason, MESSAGE_CHARACTERS_MAX), describe(error))
+            return Discarded(_text(error.reason), describe(error))
         case Cancel():
-            return Cancelled(clean(error.reason, MESSAGE_CHARACTERS_MAX))
+            return Cancelled(_text(error.reason))
         case TaskSignal():
             return Failed(describe(error))
         case _:
@@ -156,14 +157,19 @@ def describe(error: BaseException) -> ErrorInfo:
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     try:
-        message = str(error)
-    except BaseException:  # noqa: BLE001 — the exception's own __str__ may raise anything
-        message = "(its message could not be made)"
-    try:
         trace = "".join(traceback.format_exception(error))
     except BaseException:  # noqa: BLE001 — likewise, through the chain of causes
         trace = "(its traceback could not be made)"
-    return ErrorInfo(clean(name, 200), clean(message, MESSAGE_CHARACTERS_MAX), clean(trace, TRACEBACK_CHARACTERS_MAX))
+    return ErrorInfo(clean(name, 200), _text(error), clean(trace, TRACEBACK_CHARACTERS_MAX))
+
+
+def _text(value: object) -> str:
+    """What a task gave as a message or a reason, whatever it is."""
+    try:
+        text = str(value)
+    except BaseException:  # noqa: BLE001 — its own __str__ may raise anything
+        text = "(its message could not be made)"
+    return clean(text, MESSAGE_CHARACTERS_MAX)
 
 
 def clean(text: str, characters_max: int) -> str:

@@ -55,9 +55,7 @@ class Retry:
     jitter: bool = True
 
     def __post_init__(self) -> None:
-        retries: object = self.max_retries
-        if not isinstance(retries, int) or isinstance(retries, bool) or not 0 <= retries <= 32767:
-            raise ConfigurationError(f"max_retries must be a whole number between 0 and 32767, got {retries!r}")
+        checked_max_retries(self.max_retries)
         if not callable(self.backoff) and self.backoff not in ("exponential", "linear", "constant"):
             raise ConfigurationError(
                 "backoff must be 'exponential', 'linear', 'constant' or a function from the retry's number "
@@ -65,8 +63,10 @@ class Retry:
             )
         for name in ("base", "cap"):
             seconds = getattr(self, name)
-            if not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
-                raise ConfigurationError(f"{name} must be a number of seconds from 0, got {seconds!r}")
+            if not isinstance(seconds, int | float) or not 0 <= seconds <= DELAY_SECONDS_MAX:
+                raise ConfigurationError(
+                    f"{name} must be a number of seconds between 0 and {DELAY_SECONDS_MAX:.0f}, got {seconds!r}"
+                )
 
     def delay(self, retry: int, random: float) -> float:
         """Seconds to wait before the `retry`-th retry (from 1); `random` in [0, 1) decides the jitter."""
@@ -92,6 +92,12 @@ class Retry:
             logger.exception("the backoff function %r failed; the retry waits its cap, %g s", backoff, self.cap)
             return self.cap
         return self.cap if math.isnan(wait) else wait
+
+
+def checked_max_retries(retries: object) -> int:
+    if isinstance(retries, int) and not isinstance(retries, bool) and 0 <= retries <= 32767:
+        return retries
+    raise ConfigurationError(f"max_retries must be a whole number between 0 and 32767, got {retries!r}")
 
 
 def as_seconds(duration: float | timedelta) -> float:

@@ -188,12 +188,26 @@ def test_snooze_discard_and_cancel_say_how_the_attempt_ends(kind: str) -> None:
     assert discarded.reason == "hopeless"
 
 
-@pytest.mark.parametrize("delay", [-1, float("nan"), float("inf"), "soon", None])
+@pytest.mark.parametrize(
+    "delay", [-1, float("nan"), float("inf"), 1e12, 10**400, 10**5000, timedelta.max, "soon", None]
+)
 def test_a_snooze_with_an_impossible_delay_is_a_failure_that_says_so(delay: Any) -> None:
     outcome = run(raising(Snooze(delay), "def"))
 
     assert isinstance(outcome, Failed)
-    assert "Snooze needs a delay of 0 seconds or more" in outcome.error.message
+    assert "Snooze needs a delay between 0 and 3162240000 seconds" in outcome.error.message
+
+
+@each_kind
+@pytest.mark.parametrize(
+    "reason", [None, ValueError("boom"), Sulking(), 10**5000], ids=["none", "error", "sulking", "number"]
+)
+def test_a_reason_that_is_no_text_ends_the_attempt_as_well(reason: Any, kind: str) -> None:
+    for signal, expected in ((Snooze(1, reason), Snoozed), (Discard(reason), Discarded), (Cancel(reason), Cancelled)):
+        outcome = run(raising(signal, kind))
+
+        assert isinstance(outcome, expected)
+        assert isinstance(outcome.reason, str)
 
 
 def test_reasons_are_cleaned_too() -> None:
