@@ -189,7 +189,9 @@ def test_snooze_discard_and_cancel_say_how_the_attempt_ends(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "delay", [-1, float("nan"), float("inf"), 1e12, 10**400, 10**5000, timedelta.max, "soon", None]
+    "delay",
+    [-1, float("nan"), float("inf"), 1e12, 10**400, 10**5000, timedelta.max, "soon", None],
+    ids=["negative", "nan", "infinity", "too-long", "no-float", "no-text", "timedelta", "text", "none"],
 )
 def test_a_snooze_with_an_impossible_delay_is_a_failure_that_says_so(delay: Any) -> None:
     outcome = run(raising(Snooze(delay), "def"))
