@@ -10,6 +10,7 @@ these statements can wait for each other.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -562,11 +563,11 @@ def _sweep(tables: Tables) -> sa.Update:
 
 
 def get_job(connection: sa.Connection, tables: Tables, job_id: int) -> Job:
-    """The job with that id, as a plain object. Raises JobNotFound."""
-    row = connection.execute(sa.select(tables.jobs).where(tables.jobs.c.id == job_id)).one_or_none()
+    """The job with that id, as a plain object; JSON that Python cannot read stays text. Raises JobNotFound."""
+    row = connection.execute(_readable(tables.jobs).where(tables.jobs.c.id == job_id)).one_or_none()
     if row is None:
         raise JobNotFound(f"there is no job {job_id}; it may have been deleted or pruned")
-    return Job(**row._mapping)
+    return Job(**_read(tables.jobs, row))
 
 
 def list_jobs(
@@ -581,7 +582,7 @@ def list_jobs(
 ) -> list[Job]:
     """Jobs that fit the filters, newest first."""
     jobs = tables.jobs
-    query = sa.select(jobs).order_by(jobs.c.id.desc()).limit(limit)
+    query = _readable(jobs).order_by(jobs.c.id.desc()).limit(limit)
     if status is not None:
         query = query.where(jobs.c.status == sa.literal_column(f"'{JobStatus(status)}'"))
     if queue is not None:
@@ -590,14 +591,34 @@ def list_jobs(
         query = query.where(jobs.c.task == task)
     if before_id is not None:
         query = query.where(jobs.c.id < before_id)
-    return [Job(**row._mapping) for row in connection.execute(query)]
+    return [Job(**_read(jobs, row)) for row in connection.execute(query)]
 
 
 def list_events(connection: sa.Connection, tables: Tables, job_id: int) -> list[dict[str, Any]]:
     """What was recorded of a job, oldest first."""
     events = tables.job_events
-    query = sa.select(events).where(events.c.job_id == job_id).order_by(events.c.id)
-    return [dict(row._mapping) for row in connection.execute(query)]
+    query = _readable(events).where(events.c.job_id == job_id).order_by(events.c.id)
+    return [_read(events, row) for row in connection.execute(query)]
+
+
+def _readable(table: sa.Table) -> sa.Select[Any]:
+    """The rows of a table with their JSON still text: one undecodable document must not hide the others."""
+    return sa.select(
+        *(
+            sa.cast(column, sa.Text).label(column.name) if isinstance(column.type, sa.JSON) else column
+            for column in table.columns
+        )
+    )
+
+
+def _read(table: sa.Table, row: sa.Row[Any]) -> dict[str, Any]:
+    """The fields of such a row. A document that Python's JSON cannot read stays text."""
+    fields: dict[str, Any] = dict(row._mapping)
+    for name, value in fields.items():
+        if value is not None and isinstance(table.columns[name].type, sa.JSON):
+            with contextlib.suppress(ValueError, RecursionError):
+                fields[name] = json.loads(value)
+    return fields
 
 
 def cancel_job(connection: sa.Connection, tables: Tables, job_id: int, *, actor: str, reason: str | None) -> None:
