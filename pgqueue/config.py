@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from pgqueue.errors import ConfigurationError
+from pgqueue.retry import DELAY_SECONDS_MAX
 from pgqueue.task import checked_name
 
 DEFAULT_SCHEMA = "pgqueue"
@@ -110,8 +112,9 @@ class WorkerConfig:
         return self.lease / HEARTBEATS_PER_LEASE if self.heartbeat_interval is None else self.heartbeat_interval
 
 
-def parse_queues(specifications: Iterable[str]) -> dict[str, int]:
-    """Queues and their concurrency from `name` or `name=number`, as the command line takes them."""
+def parse_queues(specifications: Iterable[str], concurrency: int = DEFAULT_CONCURRENCY) -> dict[str, int]:
+    """Queues and their concurrency from `name` or `name=number`, as the command line takes them; `concurrency` is
+    for those without a number."""
     queues: dict[str, int] = {}
     for specification in specifications:
         for part in specification.split(","):
@@ -121,5 +124,28 @@ def parse_queues(specifications: Iterable[str]) -> dict[str, int]:
                 raise ConfigurationError(f"queue {part.strip()!r}: expected NAME or NAME=CONCURRENCY")
             if name in queues:
                 raise ConfigurationError(f"queue {name!r} is named twice")
-            queues[name] = int(number) if separator else DEFAULT_CONCURRENCY
+            queues[name] = int(number) if separator else concurrency
     return queues
+
+
+DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+
+
+def parse_duration(text: str, *, bare_numbers: bool = True) -> float:
+    """Seconds from `90`, `1.5s`, `5m`, `1h30m`, `7d`, as the command line takes them.
+
+    bare_numbers: whether a number without a unit is taken, as seconds.
+    """
+    expected = "expected a number with a unit (ms, s, m, h, d or w), such as 30s, 5m, 1h30m or 7d"
+    if bare_numbers and re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
+        seconds = float(text)
+    elif re.fullmatch(r"([0-9]+(\.[0-9]+)?(ms|[smhdw]))+", text):
+        parts = re.findall(r"([0-9.]+)(ms|[smhdw])", text)
+        seconds = sum(float(number) * DURATION_UNITS[unit] for number, unit in parts)
+    else:
+        raise ConfigurationError(f"{expected}, got {text!r}")
+    if seconds > DELAY_SECONDS_MAX:
+        raise ConfigurationError(
+            f"a duration is at most {DELAY_SECONDS_MAX / DURATION_UNITS['d']:.0f} days, got {text!r}"
+        )
+    return seconds
