@@ -50,6 +50,7 @@ class WakeSender:
         self._pid = os.getpid()
         self._changed = threading.Event()
         self._closing = False
+        self._flushes_at_exit = False
 
     def __call__(self, queues: set[str], committed: bool) -> None:
         if os.getpid() != self._pid:  # a forked child has neither the thread nor a usable connection
@@ -66,7 +67,9 @@ class WakeSender:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="pgqueue-wake", daemon=True)
                 self._thread.start()
-                atexit.register(self._flush)
+                if not self._flushes_at_exit:
+                    self._flushes_at_exit = True
+                    atexit.register(self._flush)
         self._changed.set()
 
     def close(self) -> None:
@@ -111,7 +114,9 @@ class WakeSender:
                 connection.close()
 
     def _connect(self) -> sa.Connection:
-        return self._engine().connect().execution_options(isolation_level="AUTOCOMMIT")
+        connection = self._engine().connect().execution_options(isolation_level="AUTOCOMMIT")
+        connection.detach()  # not the pool's any more: its owner may dispose of the engine at any time
+        return connection
 
     def _notify(self, connection: sa.Connection, queues: set[str]) -> None:
         # One statement and one commit for all queues; a hint need not wait for the disk.
