@@ -765,7 +765,8 @@ class Task(Generic[P, R]):
         else:
             fields["run_at"] = now()
         job = self.pgq.Job(**fields)
-        job.__dict__[_WAKE_ATTRIBUTE] = self.pgq._wake_sender
+        if self._is_due_at_once:
+            job.__dict__[_WAKE_ATTRIBUTE] = self.pgq._wake_sender
         return job
 
     def _new_job(self, args: tuple[Any, ...], payload: dict[str, Any]) -> NewJob:
@@ -798,7 +799,8 @@ class Task(Generic[P, R]):
             result = store.insert_job(
                 connection, tables, job, on_conflict=self.options.on_conflict, actor=default_actor()
             )
-        self._wake(target, tables, job.queue)
+        if result.inserted or self.options.on_conflict is OnConflict.REPLACE:
+            self._wake(target, tables, job.queue)
         return result
 
     def _insert_many(
@@ -811,11 +813,16 @@ class Task(Generic[P, R]):
         tables = self.pgq._tables_of(connection)
         with errors_explained(connection.engine.url):
             ids = store.insert_jobs(connection, tables, template, encoded)
-        self._wake(target, tables, template.queue)
+        if ids:
+            self._wake(target, tables, template.queue)
         return ids
 
+    @property
+    def _is_due_at_once(self) -> bool:
+        return self.options.delay is None and self.options.at is None
+
     def _wake(self, target: Session | sa.Connection, tables: Tables, queue: str) -> None:
-        if tables.dialect_name == POSTGRESQL and self.options.delay is None and self.options.at is None:
+        if tables.dialect_name == POSTGRESQL and self._is_due_at_once:
             wake_after_commit(target, queue, self.pgq._wake_sender)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session
-from sqlalchemy.orm import Session, scoped_session
+from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 
 from pgqueue.errors import NotAwaited, WrongSession
 
@@ -89,12 +89,15 @@ def wake_after_commit(target: Session | sa.Connection, queue: str, wake: Wake) -
     A wake-up is a hint: losing one costs a poll interval. So it never goes out inside the transaction, where a
     NOTIFY takes a lock for the whole server through the commit's fsync.
     """
+    if _commits_by_itself(target):
+        _send({wake: {queue}}, committed=True)
+        return
     if isinstance(target, Session):
         wakes = target.info.get(_WAKES)
         if wakes is None:
             wakes = target.info[_WAKES] = {}
             event.listen(target, "after_commit", _session_committed)
-            event.listen(target, "after_soft_rollback", _session_rolled_back)
+            event.listen(target, "after_transaction_end", _session_transaction_ended)
     else:
         wakes = _connection_wakes.get(target)
         if wakes is None:
@@ -102,7 +105,14 @@ def wake_after_commit(target: Session | sa.Connection, queue: str, wake: Wake) -
             event.listen(target, "commit", _connection_commits)
             event.listen(target, "commit_twophase", _connection_commits_twophase)
             event.listen(target, "rollback", _connection_rolls_back)
+            event.listen(target, "rollback_twophase", _connection_rolls_back_twophase)
     wakes.setdefault(wake, set()).add(queue)
+
+
+def _commits_by_itself(target: Session | sa.Connection) -> bool:
+    """Whether each statement is a transaction of its own, so that no commit will be heard of."""
+    connection = target.connection() if isinstance(target, Session) else target
+    return bool(getattr(connection.connection.driver_connection, "autocommit", False))
 
 
 def _session_committed(session: Session) -> None:
@@ -111,8 +121,9 @@ def _session_committed(session: Session) -> None:
     _send(session.info[_WAKES], committed=True)
 
 
-def _session_rolled_back(session: Session, previous: Any) -> None:
-    if previous.parent is None:
+def _session_transaction_ended(session: Session, transaction: SessionTransaction) -> None:
+    # After a commit nothing is left; what is left was rolled back, or closed without a commit.
+    if transaction.parent is None:
         session.info[_WAKES].clear()
 
 
@@ -127,6 +138,10 @@ def _connection_commits_twophase(connection: sa.Connection, xid: Any, is_prepare
 
 def _connection_rolls_back(connection: sa.Connection) -> None:
     _connection_wakes.get(connection, {}).clear()
+
+
+def _connection_rolls_back_twophase(connection: sa.Connection, xid: Any, is_prepared: bool) -> None:
+    _connection_rolls_back(connection)
 
 
 def _send(wakes: dict[Wake, set[str]], *, committed: bool) -> None:
