@@ -56,7 +56,8 @@ class UTCDateTime(sa.types.TypeDecorator[datetime]):
         if value is None:
             return None
         if dialect.name == SQLITE:
-            return datetime.strptime(value, "%Y-%m-%d %H:%M:%S.%f").replace(tzinfo=UTC)
+            # Rows also come from plain SQL, where datetime('now') has no milliseconds.
+            return datetime.fromisoformat(value).replace(tzinfo=UTC)
         moment: datetime = value
         return moment
 

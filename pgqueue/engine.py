@@ -63,8 +63,11 @@ def make_engine(url: str | sa.URL) -> sa.Engine:
     )
 
 
-def make_async_engine(url: sa.URL) -> AsyncEngine:
-    """The asynchronous twin of `make_engine`, for `async def` transactional tasks and the `_async` calls."""
+def make_async_engine(url: sa.URL, *, pool_size: int = 5) -> AsyncEngine:
+    """The asynchronous twin of `make_engine`, for `async def` transactional tasks and the `_async` calls.
+
+    pool_size: connections kept; 0: as many as are asked for.
+    """
     if url.get_backend_name() == SQLITE:
         try:
             import aiosqlite  # noqa: F401 — only whether it is there
@@ -72,7 +75,9 @@ def make_async_engine(url: sa.URL) -> AsyncEngine:
             raise ConfigurationError(
                 "asynchronous calls on SQLite need the package aiosqlite: pip install aiosqlite"
             ) from None
-        engine = create_async_engine(url.set(drivername="sqlite+aiosqlite"), hide_parameters=True)
+        engine = create_async_engine(
+            url.set(drivername="sqlite+aiosqlite"), hide_parameters=True, poolclass=sa.NullPool
+        )
         prepare_sqlite(engine.sync_engine)
         return engine
     _require_libpq()
@@ -81,6 +86,7 @@ def make_async_engine(url: sa.URL) -> AsyncEngine:
         connect_args=_connect_arguments(url),
         hide_parameters=True,
         isolation_level="READ COMMITTED",
+        pool_size=pool_size,
         pool_pre_ping=True,
     )
 

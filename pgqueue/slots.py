@@ -6,7 +6,6 @@ done takes the next job from the buffer by itself; nothing in between but a lock
 
 from __future__ import annotations
 
-import asyncio
 import queue
 import threading
 import time
@@ -27,24 +26,21 @@ RUN_TIME_WEIGHT = 0.05
 
 
 class JobRunner(Protocol):
-    """What slots need of their worker."""
+    """What slots need of their worker. Nothing here may raise: a slot would be lost."""
 
     def is_async(self, job: ClaimedJob) -> bool: ...
 
+    def may_start(self, job: ClaimedJob) -> bool:
+        """Whether the claim surely still holds. If not, the runner has given the job back, or lost it."""
+
     def run_sync(self, job: ClaimedJob) -> None:
-        """Run the job and hand over its outcome. Never raises."""
+        """Run the job and hand over its outcome."""
 
     async def run_async(self, job: ClaimedJob) -> None:
         """Likewise, on the event loop."""
 
-    def call_in_loop(self, slots: Slots, job: ClaimedJob, asked_at: float) -> None:
-        """Have the event loop run `slots.run_in_loop(job, asked_at)`."""
-
-    def claim_is_stale(self, asked_at: float) -> bool:
-        """Whether a claim asked for then (monotonic seconds) may have run out unseen."""
-
-    def drop_stale(self, job: ClaimedJob) -> None:
-        """Give such a job back."""
+    def call_in_loop(self, slots: Slots, job: ClaimedJob) -> None:
+        """Have the event loop run `slots.run_in_loop(job)` as a task of its own."""
 
     def room_again(self) -> None:
         """The buffer runs low."""
@@ -64,11 +60,12 @@ class Slots:
         self._count = count
         self._prefetch = prefetch
         self._lock = threading.Lock()
-        self._buffer: deque[tuple[ClaimedJob, float]] = deque()
+        self._buffer: deque[ClaimedJob] = deque()
         self._free = count
         self._threads = 0
-        self._inbox: queue.SimpleQueue[tuple[ClaimedJob, float] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[ClaimedJob | None] = queue.SimpleQueue()
         self._run_seconds: float | None = None
+        self._asked = False  # for more jobs, since the last ones came
         self._closed = False
 
     @property
@@ -83,20 +80,24 @@ class Slots:
                 return 0
             return max(0, min(self._free + ahead - len(self._buffer), CLAIM_JOBS_MAX))
 
-    def add(self, jobs: Sequence[ClaimedJob], asked_at: float) -> None:
-        """Take in claimed jobs, asked for at that monotonic second, and start as many as there are slots."""
+    def add(self, jobs: Sequence[ClaimedJob]) -> bool:
+        """Take in claimed jobs and start as many as there are slots; False, and nothing taken, after `close`."""
         with self._lock:
+            self._asked = False
+            if self._closed:
+                return False
             self.started += len(jobs)
-            self._buffer.extend((job, asked_at) for job in jobs)
-            while self._free and self._buffer and not self._closed:
+            self._buffer.extend(jobs)
+            while self._free and self._buffer:
                 self._free -= 1
-                self._start(*self._buffer.popleft())
+                self._start(self._buffer.popleft())
+            return True
 
     def close(self) -> list[ClaimedJob]:
         """Start nothing more; the jobs that were not started."""
         with self._lock:
             self._closed = True
-            unstarted = [job for job, _ in self._buffer]
+            unstarted = list(self._buffer)
             self._buffer.clear()
             for _ in range(self._threads):
                 self._inbox.put(None)
@@ -110,58 +111,57 @@ class Slots:
             return 0
         return min(CLAIM_JOBS_MAX, int(self._count * PREFETCH_SECONDS / max(self._run_seconds, 1e-6)))
 
-    def _start(self, job: ClaimedJob, asked_at: float) -> None:
+    def _start(self, job: ClaimedJob) -> None:
         """Run a job in a slot that is already taken for it. Called with the lock held."""
         if self._worker.is_async(job):
-            self._worker.call_in_loop(self, job, asked_at)
+            self._worker.call_in_loop(self, job)
             return
-        self._inbox.put((job, asked_at))
+        self._inbox.put(job)
         if self._threads < self._count and self._threads < self.running:
-            self._threads += 1
             threading.Thread(target=self._run_thread, name=f"pgqueue-{self.name}", daemon=True).start()
+            self._threads += 1
 
     def _run_thread(self) -> None:
         while (taken := self._inbox.get()) is not None:
-            following: tuple[ClaimedJob, float] | None = taken
+            following: ClaimedJob | None = taken
             while following is not None:
-                job, asked_at = following
-                began = time.monotonic()
-                if self._worker.claim_is_stale(asked_at):
-                    self._worker.drop_stale(job)
-                else:
-                    self._worker.run_sync(job)
+                began = time.monotonic() if self._worker.may_start(following) else None
+                if began is not None:
+                    self._worker.run_sync(following)
                 following = self._next(began, in_loop=False)
 
-    async def run_in_loop(self, job: ClaimedJob, asked_at: float) -> None:
-        """A slot on the event loop: run this job and then those that follow it."""
-        following: tuple[ClaimedJob, float] | None = (job, asked_at)
-        while following is not None:
-            job, asked_at = following
-            began = time.monotonic()
-            if self._worker.claim_is_stale(asked_at):
-                self._worker.drop_stale(job)
-            else:
-                await self._worker.run_async(job)
-            following = self._next(began, in_loop=True)
-            if following is not None:
-                await asyncio.sleep(0)  # the other slots' turn
+    async def run_in_loop(self, job: ClaimedJob) -> None:
+        """A slot on the event loop: run this job, then start the one that follows it.
 
-    def _next(self, began: float, *, in_loop: bool) -> tuple[ClaimedJob, float] | None:
-        """After a job: the next one for the same slot, or None when the slot is free or went to the other kind."""
-        took = time.monotonic() - began
+        Each job has an asyncio task of its own, so that nothing of one, least of all a cancellation, reaches the
+        next.
+        """
+        began = time.monotonic() if self._worker.may_start(job) else None
+        if began is not None:
+            await self._worker.run_async(job)
+        following = self._next(began, in_loop=True)
+        if following is not None:
+            self._worker.call_in_loop(self, following)
+
+    def _next(self, began: float | None, *, in_loop: bool) -> ClaimedJob | None:
+        """After a job, or one that was not begun (None): the next one for the same slot; None when the slot is free,
+        or went to the other kind."""
         with self._lock:
-            average = self._run_seconds
-            self._run_seconds = took if average is None else average + (took - average) * RUN_TIME_WEIGHT
-            low = len(self._buffer) == self._ahead() // 2
+            if began is not None:
+                took, average = time.monotonic() - began, self._run_seconds
+                self._run_seconds = took if average is None else average + (took - average) * RUN_TIME_WEIGHT
             following = None
             if self._buffer and not self._closed:
                 following = self._buffer.popleft()
-                if self._worker.is_async(following[0]) is not in_loop:
-                    self._start(*following)
+                if self._worker.is_async(following) is not in_loop:
+                    self._start(following)
                     following = None
             else:
                 self._free += 1
-        if low or following is None:
+            low = following is None or (not self._asked and len(self._buffer) <= self._ahead() // 2)
+            self._asked = self._asked or low
+        if low:
             self._worker.room_again()
+        if following is None:
             self._worker.slot_freed()
         return following

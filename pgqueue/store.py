@@ -409,6 +409,25 @@ def finish(connection: sa.Connection, tables: Tables, transitions: Sequence[Tran
     return written
 
 
+def already_written(
+    connection: sa.Connection, tables: Tables, transitions: Sequence[Transition], *, actor: str
+) -> set[int]:
+    """Of transitions that `finish` refused: the ids of the jobs that stand as these would have left them.
+
+    An earlier try was committed although its answer was lost.
+    """
+    jobs = tables.jobs
+    standing = connection.execute(
+        sa.select(jobs.c.id, jobs.c.attempt, jobs.c.status).where(
+            jobs.c.id.in_([transition.job_id for transition in transitions]),
+            jobs.c.claimed_by == actor,
+            jobs.c.claim_token.is_(None),
+        )
+    )
+    found = {(row.id, row.attempt, row.status) for row in standing}
+    return {t.job_id for t in transitions if (t.job_id, t.attempt, str(t.status)) in found}
+
+
 def _completed_document(transitions: Sequence[Transition]) -> str:
     ordered = sorted(transitions, key=lambda transition: transition.job_id)
     return json.dumps([{"id": t.job_id, "token": t.claim_token.hex, "result": t.result_json} for t in ordered])

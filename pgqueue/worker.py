@@ -7,7 +7,8 @@ The claimer fills buffers, slots run jobs, the finisher writes how they ended, i
 heartbeat has a thread and a connection of its own, so neither a blocked task nor a blocked event loop stops it.
 
 A job is *held* from its claim until its end is written. The heartbeat extends exactly the jobs held, so a job
-that this process has forgotten lapses and is swept.
+that this process has forgotten lapses and is swept. An attempt ends once: whoever marks its hold as ending first,
+be it the task's outcome or the worker giving the job back, is the one who writes.
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from pgqueue import migration, store
 from pgqueue.client import PgQueue
 from pgqueue.config import WorkerConfig
 from pgqueue.dialect import POSTGRESQL
-from pgqueue.engine import describe_url, errors_explained, is_transient
+from pgqueue.engine import describe_url, errors_explained, is_transient, make_async_engine, parse_url
 from pgqueue.errors import ConfigurationError, IllegalTransition
-from pgqueue.executor import execute, execute_async, outcome_of
+from pgqueue.executor import CANCELLED_ITSELF, execute, execute_async, outcome_of
 from pgqueue.job import (
     ClaimedJob,
     Completed,
@@ -48,7 +49,7 @@ from pgqueue.job import (
     Released,
     Transition,
 )
-from pgqueue.loop import DatabaseLoop, LoopEnded
+from pgqueue.loop import DatabaseLoop, LoopEnded, Outage, TaskLoop
 from pgqueue.notifier import WakeListener
 from pgqueue.retry import decide
 from pgqueue.slots import Slots
@@ -66,8 +67,23 @@ SWEEP_JOBS_MAX = 500
 #: The row of a worker that gave no sign of life for so long is dropped.
 SILENT_WORKER_SECONDS = 3600.0
 
+#: The system may deliver a signal to any thread, but Python handles it in the main thread, once that one moves. So
+#: the main thread never waits longer than this.
+SIGNAL_SECONDS = 0.5
+
+#: How long a stopping worker tries to write how its last jobs ended.
+FINISH_SECONDS = 10.0
+
 #: How long `abort` tries to give jobs back before the process goes.
 ABORT_SECONDS = 2.0
+
+#: The first wait of a draining worker for due jobs that it could not claim; it doubles up to the poll interval.
+DRAIN_SECONDS_MIN = 0.01
+
+STOPPED_UNSTARTED = Released("the worker stopped before it started the job")
+STOPPED_RUNNING = Released("the worker stopped while the job was running")
+STALE = Released("its lease may have run out before it was started")
+NOT_BEGUN = Released("the database could not be reached to begin the task's transaction")
 
 
 @dataclass(slots=True)
@@ -95,6 +111,15 @@ class WorkerReport:
         setattr(self, name, getattr(self, name) + 1)
 
 
+@dataclass(slots=True, eq=False)
+class _Hold:
+    """One claim of this worker, from when it was made until its end is written."""
+
+    job: ClaimedJob
+    sure_until: float  #: monotonic; its lease lasts at least so long
+    ending: bool = False  #: how it ends is decided and being written
+
+
 class Worker:
     """Claims and runs the jobs of some queues until stopped.
 
@@ -108,10 +133,11 @@ class Worker:
         self.id = f"{self.config.name or socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self.report = WorkerReport()
         self._definitions = {name: task.definition for name, task in pgq.tasks.items() if not task.external}
+        self._task_names = sorted(self._definitions)
         if not self._definitions:
             raise ConfigurationError("this worker knows no tasks; register some with @pgq.task before it starts")
-        self._held: dict[int, ClaimedJob] = {}
-        self._finishing: set[int] = set()
+        self._lock = threading.Lock()  # guards the holds and the report
+        self._held: dict[int, _Hold] = {}
         self._finished: queue.SimpleQueue[Transition | None] = queue.SimpleQueue()
         self._unwritten: list[Transition] = []
         self._unsure_claims: list[uuid.UUID] = []
@@ -121,12 +147,15 @@ class Worker:
         # may use while the same thread is waiting; an Event or Condition could deadlock.
         self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._last_beat = time.monotonic()
-        self._async_tasks: dict[int, asyncio.Task[None]] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._loop_slots: set[asyncio.Task[None]] = set()
+        self._drain_wait = DRAIN_SECONDS_MIN
+        self._async_jobs: dict[ClaimedJob, asyncio.Task[Any]] = {}
+        self._async_stopped: set[ClaimedJob] = set()  # of those, the ones that this worker cancelled
+        self._task_loop: TaskLoop | None = None
+        self._async_engine: AsyncEngine | None = None
         self._slots = {
             name: Slots(self, name, count, self.config.prefetch) for name, count in self.config.queues.items()
         }
+        self._ran = False
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -134,31 +163,36 @@ class Worker:
 
     def run(self) -> WorkerReport:
         """Work until stopped (or, when draining, until the queues are empty). Raises when it cannot start."""
+        if self._ran:
+            raise RuntimeError(f"worker {self.id} has run already; a worker runs once, make a new one")
+        self._ran = True
         self._require_schema()
         logger.info(
             "worker %s starts on %s: queues %s, tasks %s",
             self.id,
             describe_url(self.pgq.url),
             ", ".join(f"{name}={slots}" for name, slots in self.config.queues.items()),
-            ", ".join(sorted(self._definitions)),
+            ", ".join(self._task_names),
         )
         self._last_beat = time.monotonic()
         engine = self.pgq.engine
-        self._claimer = DatabaseLoop("claim", engine, self._claim_step)
-        self._finisher = DatabaseLoop("finish", engine, self._finish_step)
-        self._heartbeat = DatabaseLoop("heartbeat", engine, self._heartbeat_step)
-        self._sweeper = DatabaseLoop("sweep", engine, self._sweep_step)
+        outage = Outage(self.pgq.url)
+        self._claimer = DatabaseLoop("claim", engine, self._claim_step, outage)
+        self._finisher = DatabaseLoop("finish", engine, self._finish_step, outage)
+        self._heartbeat = DatabaseLoop("heartbeat", engine, self._heartbeat_step, outage)
+        self._sweeper = DatabaseLoop("sweep", engine, self._sweep_step, outage)
         self._listener: WakeListener | None = None
         if self.config.listen and engine.dialect.name == POSTGRESQL:
             self._listener = WakeListener(engine, self.pgq.schema, self._woken)
         if any(definition.is_async for definition in self._definitions.values()):
-            self._start_event_loop()
-        for thread in (self._heartbeat, self._finisher, self._sweeper, self._claimer, self._listener):
+            self._task_loop = TaskLoop(at_end=self._dispose_async_engine)
+        duties = (self._task_loop, self._heartbeat, self._finisher, self._sweeper, self._claimer, self._listener)
+        for thread in duties:
             if thread is not None:
                 thread.start()
         try:
             while not self._stop_requested:
-                self._news.get()
+                self._wait_for_news(SIGNAL_SECONDS)
         finally:
             self._shut_down()
         logger.info("worker %s stopped: %s", self.id, self.report)
@@ -171,6 +205,7 @@ class Worker:
             try:
                 self.run()
             except BaseException as error:  # noqa: BLE001 — handed to join()
+                logger.error("worker %s cannot run: %s: %s", self.id, type(error).__name__, error)
                 self._failure = error
 
         self._thread = threading.Thread(target=run, name="pgqueue-worker", daemon=True)
@@ -225,38 +260,60 @@ class Worker:
         self._claimer.join(ABORT_SECONDS)
         for slots in self._slots.values():
             for job in slots.close():
-                self._finish(job, Released("the worker stopped before it started the job"))
-        running = sum(slots.running for slots in self._slots.values())
-        if running and not self._abort_requested:
-            logger.info("waiting up to %g s for %d running jobs", self.config.shutdown_timeout, running)
-            deadline = time.monotonic() + self.config.shutdown_timeout
-            while (
-                not self._abort_requested
-                and any(slots.running for slots in self._slots.values())
-                and (left := deadline - time.monotonic()) > 0
-            ):
-                with contextlib.suppress(queue.Empty):
-                    self._news.get(timeout=left)
-        self._stop_async_tasks()
-        interrupted = [job for job in list(self._held.values()) if job.id not in self._finishing]
+                self._finish(job, STOPPED_UNSTARTED)
+        if self._running():
+            logger.info("waiting up to %g s for running jobs", self.config.shutdown_timeout)
+        self._wait_while(lambda: self._running() and not self._abort_requested, self.config.shutdown_timeout)
+        self._stop_async_jobs()
+        interrupted = [hold.job for hold in list(self._held.values()) if not hold.ending]
         for job in interrupted:
-            self._finish(job, Released("the worker stopped while the job was running"))
+            self._finish(job, STOPPED_RUNNING)
         if interrupted:
             logger.warning("gave back %d jobs that did not end in time", len(interrupted))
+        # Not stop(): the finisher ends by itself, when it has written everything up to here.
         self._finished.put(None)
-        self._finisher.stop()
-        self._finisher.join(ABORT_SECONDS if self._abort_requested else 10.0)
-        if self._finisher.is_alive():
+        self._finisher.join(ABORT_SECONDS if self._abort_requested else FINISH_SECONDS)
+        written = not self._finisher.is_alive()
+        if not written:
+            self._finisher.stop()
             logger.error("the database cannot be reached: %d jobs stay claimed until their lease ends", len(self._held))
-        for loop in (self._heartbeat, self._sweeper):
-            loop.stop()
-        for loop in (self._heartbeat, self._sweeper):
-            loop.join(ABORT_SECONDS)
-        if self._listener is not None:
-            self._listener.join(ABORT_SECONDS)
-        self._stop_event_loop()
-        with contextlib.suppress(Exception), self.pgq.engine.begin() as connection:
-            store.forget_worker(connection, self.pgq.tables, self.id)
+        ending = [thread for thread in (self._heartbeat, self._sweeper, self._task_loop, self._listener) if thread]
+        for thread in ending:
+            thread.stop()
+        for thread in ending:
+            thread.join(ABORT_SECONDS)
+        if written:
+            self._leave()
+
+    def _running(self) -> bool:
+        return any(slots.running for slots in self._slots.values())
+
+    def _wait_while(self, busy: Callable[[], bool], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while busy() and (left := deadline - time.monotonic()) > 0:
+            self._wait_for_news(min(left, SIGNAL_SECONDS))
+
+    def _wait_for_news(self, seconds: float) -> None:
+        with contextlib.suppress(queue.Empty):
+            self._news.get(timeout=seconds)
+
+    def _stop_async_jobs(self) -> None:
+        """Cancel the `async def` tasks, and give them a moment to end."""
+        if self._task_loop is not None:
+            for job in list(self._async_jobs):
+                self._task_loop.call(self._cancel_async_job, job)
+            self._wait_while(lambda: bool(self._async_jobs), ABORT_SECONDS)
+
+    def _leave(self) -> None:
+        """Give back what may have been claimed unseen, and strike this worker off the list."""
+        try:
+            with self.pgq.engine.connect() as connection:
+                if not self._claimer.is_alive():
+                    self._release_unsure(connection)
+                with connection.begin():
+                    store.forget_worker(connection, self.pgq.tables, self.id)
+        except Exception as error:  # noqa: BLE001 — everything that matters is written
+            logger.info("worker %s could not be struck off the list: %s", self.id, type(error).__name__)
 
     # Claiming
 
@@ -266,17 +323,14 @@ class Worker:
         wait = self.config.poll_interval
         for slots in self._slots.values():
             if self.stopping:
-                return 0.0
+                return wait
             wanted = self._wanted(slots)
             if wanted == 0:
                 continue
             if time.monotonic() < slots.looks_empty_until:
                 wait = min(wait, slots.looks_empty_until - time.monotonic())
                 continue
-            claimed = self._claim(connection, slots, wanted)
-            if len(claimed) < wanted:
-                slots.looks_empty_until = time.monotonic() + self.config.poll_interval
-            else:
+            if self._claim(connection, slots, wanted) == wanted:
                 wait = 0.0
         if self.config.drain and wait > 0 and not self._held:
             return self._drain_step(connection)
@@ -292,9 +346,12 @@ class Worker:
             wanted = max(0, min(wanted, left))
         return wanted
 
-    def _claim(self, connection: sa.Connection, slots: Slots, limit: int) -> list[ClaimedJob]:
+    def _claim(self, connection: sa.Connection, slots: Slots, limit: int) -> int:
+        """Claim up to so many jobs of a queue and put them into its slots; how many there were."""
         token = uuid.uuid4()
         asked_at = time.monotonic()
+        # Said before asking: a wake-up that comes while the claim is under way must not be overwritten after it.
+        slots.looks_empty_until = asked_at + self.config.poll_interval
         try:
             with connection.begin():
                 claimed = store.claim(
@@ -305,16 +362,31 @@ class Worker:
                     token=token,
                     limit=limit,
                     lease=self.config.lease,
-                    tasks=sorted(self._definitions),
+                    tasks=self._task_names,
                 )
         except BaseException:
             # The claim may have been committed although its answer did not arrive.
             self._unsure_claims.append(token)
+            slots.looks_empty_until = 0.0
             raise
+        if len(claimed) == limit:
+            slots.looks_empty_until = 0.0
+        if claimed:
+            self._drain_wait = DRAIN_SECONDS_MIN
         for job in claimed:
-            self._held[job.id] = job
-        slots.add(claimed, asked_at)
-        return claimed
+            self._hold(job, asked_at + self.config.lease)
+        if not slots.add(claimed):  # the claim took so long that the worker stopped meanwhile
+            self._unsure_claims.append(token)
+            self._release_unsure(connection)
+        return len(claimed)
+
+    def _hold(self, job: ClaimedJob, sure_until: float) -> None:
+        with self._lock:
+            older = self._held.get(job.id)
+            self._held[job.id] = _Hold(job, sure_until)
+        # A job that was given back may be claimed again before its end is settled here; nothing is lost then.
+        if older is not None and not older.ending:
+            self._report_lost(older.job)
 
     def _release_unsure(self, connection: sa.Connection) -> None:
         while self._unsure_claims:
@@ -330,12 +402,14 @@ class Worker:
             left = store.open_jobs(connection, self.pgq.tables, list(self.config.queues), sorted(self._definitions))
         if left.due == 0 and left.running == 0 and not self._held:
             self.stop()
-            return 0.0
+            return self.config.poll_interval
         for slots in self._slots.values():
             slots.looks_empty_until = 0.0
         wait = self.config.poll_interval
         if left.next_run_seconds is not None:
-            wait = min(wait, max(left.next_run_seconds, 0.01))
+            # Jobs may be due and yet out of reach (a paused queue, a locked row): look for them less and less often.
+            wait = min(wait, max(left.next_run_seconds, self._drain_wait))
+            self._drain_wait = min(self._drain_wait * 2, self.config.poll_interval)
         return wait
 
     def _woken(self, queue_name: str | None) -> None:
@@ -347,94 +421,136 @@ class Worker:
     def room_again(self) -> None:
         self._claimer.wake()
 
+    def slot_freed(self) -> None:
+        if self.stopping:
+            self._news.put(None)
+
     # Running
+
+    def is_async(self, job: ClaimedJob) -> bool:
+        return self._definitions[job.task].is_async
+
+    def may_start(self, job: ClaimedJob) -> bool:
+        """Whether the claim surely holds: not when this process was frozen, or no heartbeat got through."""
+        hold = self._hold_of(job)
+        if hold is None:
+            return False
+        if time.monotonic() < hold.sure_until:
+            return True
+        self._finish(job, STALE)
+        return False
 
     def run_sync(self, job: ClaimedJob) -> None:
         """Run a `def` task in this thread, to its end in the finisher's hands."""
         definition = self._definitions[job.task]
-        if definition.transactional:
-            outcome = self._run_transactional(definition, job)
-            if outcome is None:
-                return
-        else:
-            outcome = execute(definition, job)
-        self._finish(job, outcome)
+        outcome = self._run_transactional(definition, job) if definition.transactional else execute(definition, job)
+        if outcome is not None:
+            self._finish(job, outcome)
 
     async def run_async(self, job: ClaimedJob) -> None:
+        """Likewise an `async def` task, in this asyncio task."""
         definition = self._definitions[job.task]
         running = asyncio.current_task()
         assert running is not None
-        self._async_tasks[job.id] = running
+        self._async_jobs[job] = running
+        outcome: Outcome | None
         try:
             if definition.transactional:
                 outcome = await self._run_transactional_async(definition, job)
-                if outcome is None:
-                    return
             else:
                 outcome = await execute_async(definition, job)
         except asyncio.CancelledError:
-            # The claim was lost, or the worker stops and gives the job back: either way nothing is to be written.
-            while running.uncancel():
-                pass
-            return
+            stopped = job in self._async_stopped
+            outcome = STOPPED_RUNNING if stopped else CANCELLED_ITSELF
         finally:
-            self._async_tasks.pop(job.id, None)
-        self._finish(job, outcome)
+            del self._async_jobs[job]
+            self._async_stopped.discard(job)
+        if outcome is not None:
+            self._finish(job, outcome)
+
+    def call_in_loop(self, slots: Slots, job: ClaimedJob) -> None:
+        assert self._task_loop is not None
+        self._task_loop.spawn(slots.run_in_loop, job)
+
+    def _cancel_async_job(self, job: ClaimedJob) -> None:
+        """Stop an `async def` task, in its event loop; not when it is committing its end."""
+        running, hold = self._async_jobs.get(job), self._hold_of(job)
+        if running is not None and not (hold is not None and hold.ending):
+            self._async_stopped.add(job)
+            running.cancel()
 
     def _run_transactional(self, definition: TaskDefinition, job: ClaimedJob) -> Outcome | None:
         """Run a task in the transaction that writes its completion. None when that was committed or refused."""
         try:
-            with (
-                self.pgq.engine.connect() as connection,
-                Session(connection, expire_on_commit=False) as session,
-            ):
+            connection = self.pgq.engine.connect()
+        except Exception as error:  # noqa: BLE001 — the task did not begin
+            return NOT_BEGUN if is_transient(error) else outcome_of(error)
+        outcome: Outcome | None = None
+        try:
+            with connection, Session(connection, expire_on_commit=False) as session:
                 guard = _CommitGuard(session, definition)
                 outcome = execute(definition, job, session)
                 if not isinstance(outcome, Completed):
                     session.rollback()
                     return outcome
                 session.flush()
-                self._finishing.add(job.id)
-                written = self._complete_in(session.connection(), definition, job, outcome)
-                guard.open = written
-                if written:
+                if not self._begin_end(job):
+                    session.rollback()
+                    return None
+                guard.open = self._complete_in(session.connection(), definition, job, outcome)
+                if guard.open:
                     session.commit()
                 else:
                     session.rollback()
         except BaseException as error:  # noqa: BLE001 — the task's rows, or the commit, were refused
-            # After a commit whose answer was lost this may be a completed job: then its claim is over, and the
-            # fence refuses what the finisher is about to write.
-            self._finishing.discard(job.id)
-            return outcome_of(error)
-        self._settle_transactional(job, definition, outcome, written)
+            return self._outcome_of_broken(job, outcome, error)
+        self._settle([decide(job, outcome, definition.retry, random=0.0)], {job.id} if guard.open else set())
         return None
 
     async def _run_transactional_async(self, definition: TaskDefinition, job: ClaimedJob) -> Outcome | None:
+        if self._async_engine is None:
+            # Of this event loop alone: connections cannot be shared with the application's own loop.
+            self._async_engine = make_async_engine(parse_url(self.pgq.url), pool_size=0)
+        outcome: Outcome | None = None
         try:
-            async with AsyncSession(self.pgq.async_engine, expire_on_commit=False) as session:
+            async with AsyncSession(self._async_engine, expire_on_commit=False) as session:
+                try:
+                    await session.connection()
+                except Exception as error:  # noqa: BLE001 — the task did not begin
+                    return NOT_BEGUN if is_transient(error) else outcome_of(error)
                 guard = _CommitGuard(session.sync_session, definition)
                 outcome = await execute_async(definition, job, session)
                 if not isinstance(outcome, Completed):
                     await session.rollback()
                     return outcome
                 await session.flush()
-                self._finishing.add(job.id)
-                written = await session.run_sync(
-                    lambda sync: self._complete_in(sync.connection(), definition, job, outcome)
+                if not self._begin_end(job):
+                    await session.rollback()
+                    return None
+                completed = outcome
+                guard.open = await session.run_sync(
+                    lambda sync: self._complete_in(sync.connection(), definition, job, completed)
                 )
-                guard.open = written
-                if written:
+                if guard.open:
                     await session.commit()
                 else:
                     await session.rollback()
         except asyncio.CancelledError:
-            self._finishing.discard(job.id)
+            self._take_back_end(job)
             raise
         except BaseException as error:  # noqa: BLE001 — as above
-            self._finishing.discard(job.id)
-            return outcome_of(error)
-        self._settle_transactional(job, definition, outcome, written)
+            return self._outcome_of_broken(job, outcome, error)
+        self._settle([decide(job, outcome, definition.retry, random=0.0)], {job.id} if guard.open else set())
         return None
+
+    def _outcome_of_broken(self, job: ClaimedJob, outcome: Outcome | None, error: BaseException) -> Outcome:
+        """The outcome of a transactional attempt whose transaction broke.
+
+        After a commit whose answer was lost this may be a completed job: then its claim is over, and the fence
+        refuses what the finisher is about to write. A task that had already said how its attempt ends is heard.
+        """
+        self._take_back_end(job)
+        return outcome_of(error) if outcome is None or isinstance(outcome, Completed) else outcome
 
     def _complete_in(
         self, connection: sa.Connection, definition: TaskDefinition, job: ClaimedJob, outcome: Completed
@@ -451,16 +567,37 @@ class Worker:
         transition = decide(job, outcome, definition.retry, random=0.0)
         return bool(store.finish(connection, self.pgq.tables, [transition], actor=self.id))
 
-    def _settle_transactional(
-        self, job: ClaimedJob, definition: TaskDefinition, outcome: Completed, written: bool
-    ) -> None:
-        transition = decide(job, outcome, definition.retry, random=0.0)
-        self._settle([transition], {job.id} if written else set())
-
     # Finishing
 
+    def _hold_of(self, job: ClaimedJob) -> _Hold | None:
+        """The hold on this very claim; None when it was lost, or is over."""
+        hold = self._held.get(job.id)
+        return hold if hold is not None and hold.job is job else None
+
+    def _begin_end(self, job: ClaimedJob) -> bool:
+        """Mark the hold as ending; False when there is none or it is ending already: then nothing is to be written."""
+        with self._lock:
+            hold = self._hold_of(job)
+            if hold is not None and not hold.ending:
+                hold.ending = True
+                return True
+        logger.warning(
+            "job %d was given back or taken from this worker meanwhile; the outcome of its attempt %d changes nothing",
+            job.id,
+            job.attempt,
+        )
+        return False
+
+    def _take_back_end(self, job: ClaimedJob) -> None:
+        with self._lock:
+            hold = self._hold_of(job)
+            if hold is not None:
+                hold.ending = False
+
     def _finish(self, job: ClaimedJob, outcome: Outcome) -> None:
-        """Hand over how an attempt ended. The fence sees to it that of two ends only one is written."""
+        """Hand over how an attempt ended, unless it ended otherwise before."""
+        if not self._begin_end(job):
+            return
         policy = self._definitions[job.task].retry
         transition = decide(job, outcome, policy, random.random())  # noqa: S311 — jitter
         if transition.event in (EventType.RETRY, EventType.DEAD):
@@ -473,12 +610,12 @@ class Worker:
                 transition.error.type if transition.error else "no error",
                 transition.reason,
             )
-        self._finishing.add(job.id)
         self._finished.put(transition)
 
     def _finish_step(self, connection: sa.Connection) -> float:
         """Write what has ended since the last time, in one transaction. Keeps it when that fails."""
         batch = self._unwritten
+        tried_before = bool(batch)
         if not batch:
             first = self._finished.get()
             if first is None:
@@ -493,7 +630,13 @@ class Worker:
                 self._finished.put(None)  # it ends the loop, once all before it is written
                 break
             batch.append(more)
-        self._settle(batch, self._write(connection, batch))
+        written = self._write(connection, batch)
+        refused = [transition for transition in batch if transition.job_id not in written]
+        if refused and tried_before:
+            # The first try may have been committed although its answer was lost.
+            with connection.begin():
+                written |= store.already_written(connection, self.pgq.tables, refused, actor=self.id)
+        self._settle(batch, written)
         self._unwritten = []
         return 0.0
 
@@ -537,72 +680,64 @@ class Worker:
 
     def _settle(self, transitions: Iterable[Transition], written: set[int]) -> None:
         """Let go of jobs whose end was written or refused."""
-        for transition in transitions:
-            if transition.job_id in written:
-                self.report.count(transition)
-            else:
-                self._count_lost(transition.job_id, transition.attempt)
-            held = self._held.get(transition.job_id)
-            if held is not None and held.claim_token == transition.claim_token:
-                del self._held[transition.job_id]
-            self._finishing.discard(transition.job_id)
+        with self._lock:
+            for transition in transitions:
+                if transition.job_id in written:
+                    self.report.count(transition)
+                else:
+                    self.report.lost += 1
+                    logger.warning(
+                        "claim lost: job %d was taken from this worker (its lease ran out, or it was cancelled or "
+                        "finished already); the outcome of its attempt %d changes nothing",
+                        transition.job_id,
+                        transition.attempt,
+                    )
+                hold = self._held.get(transition.job_id)
+                if hold is not None and hold.job.claim_token == transition.claim_token:
+                    del self._held[transition.job_id]
         if self.config.max_jobs is not None or self.config.drain:
             self._claimer.wake()
-
-    def _count_lost(self, job_id: int, attempt: int) -> None:
-        self.report.lost += 1
-        logger.warning(
-            "claim lost: job %d was taken from this worker (lease over, cancelled, or already finished); the outcome "
-            "of its attempt %d changes nothing",
-            job_id,
-            attempt,
-        )
-
-    def slot_freed(self) -> None:
-        if self.stopping:
-            self._news.put(None)
-
-    def claim_is_stale(self, asked_at: float) -> bool:
-        """Whether a claim made then may have run out: the process was frozen, or no heartbeat got through."""
-        return time.monotonic() > max(asked_at, self._last_beat) + self.config.lease
-
-    def drop_stale(self, job: ClaimedJob) -> None:
-        self._finish(job, Released("its lease may have run out before it was started"))
 
     # Heartbeat and sweep
 
     def _heartbeat_step(self, connection: sa.Connection) -> float:
         """Extend the leases of all jobs held, and let go of those that were lost."""
         asked_at = time.monotonic()
-        held = {job_id: job for job_id, job in list(self._held.items()) if job_id not in self._finishing}
+        holds = list(self._held.values())
+        claims = [(hold.job.id, hold.job.claim_token) for hold in holds]
         with connection.begin():
-            kept = (
-                store.extend(
-                    connection,
-                    self.pgq.tables,
-                    [(job.id, job.claim_token) for job in held.values()],
-                    lease=self.config.lease,
-                )
-                if held
-                else set()
-            )
+            kept = store.extend(connection, self.pgq.tables, claims, lease=self.config.lease) if claims else set()
             store.beat(connection, self.pgq.tables, self._row())
         self._last_beat = asked_at
-        for job_id, job in held.items():
-            if job_id not in kept and self._held.get(job_id) is job and job_id not in self._finishing:
-                self._lose(job)
+        for hold in holds:
+            if hold.job.id in kept:
+                hold.sure_until = asked_at + self.config.lease
+            else:
+                self._lose(hold)
         return self.config.heartbeat_seconds
 
-    def _lose(self, job: ClaimedJob) -> None:
-        del self._held[job.id]
+    def _lose(self, hold: _Hold) -> None:
+        """Let go of a job that is no longer this worker's, unless its end is just being written: that will tell."""
+        with self._lock:
+            if hold.ending or self._held.get(hold.job.id) is not hold:
+                return
+            del self._held[hold.job.id]
+        self._report_lost(hold.job)
+
+    def _report_lost(self, job: ClaimedJob) -> None:
+        with self._lock:
+            self.report.lost += 1
         logger.warning(
-            "claim lost: job %d (task %s) was taken from this worker while it was running; it is stopped if it can be",
+            "claim lost: job %d (task %s) was taken from this worker before its attempt %d ended; "
+            "it is not started, or stopped if it can be",
             job.id,
             job.task,
+            job.attempt,
         )
-        running = self._async_tasks.get(job.id)
-        if running is not None and self._loop is not None:
-            self._loop.call_soon_threadsafe(running.cancel)
+        if self._task_loop is not None:
+            self._task_loop.call(self._cancel_async_job, job)
+        if self.config.max_jobs is not None or self.config.drain:
+            self._claimer.wake()
 
     def _row(self) -> dict[str, Any]:
         return {
@@ -611,17 +746,21 @@ class Worker:
             "pid": os.getpid(),
             "version": VERSION,
             "queues": dict(self.config.queues),
-            "tasks": sorted(self._definitions),
+            "tasks": self._task_names,
         }
 
     def _sweep_step(self, connection: sa.Connection) -> float:
         """Take back the jobs of dead workers."""
+        if time.monotonic() > self._last_beat + self.config.lease:
+            # This process was frozen or cut off. Let the heartbeat come first, or it takes back its own jobs.
+            return self.config.heartbeat_seconds
         with connection.begin():
             swept = store.sweep(connection, self.pgq.tables, limit=SWEEP_JOBS_MAX, actor=self.id)
             store.forget_silent_workers(connection, self.pgq.tables, seconds=SILENT_WORKER_SECONDS)
         if swept.count:
-            self.report.swept += swept.count
-            self.report.dead += len(swept.dead)
+            with self._lock:
+                self.report.swept += swept.count
+                self.report.dead += len(swept.dead)
             logger.warning(
                 "took back %d jobs whose lease had run out: %d pending again, %d dead",
                 swept.count,
@@ -631,44 +770,9 @@ class Worker:
             self._woken(None)
         return 0.0 if swept.count == SWEEP_JOBS_MAX else self.config.sweep_interval
 
-    # The event loop for `async def` tasks
-
-    def _start_event_loop(self) -> None:
-        ready = threading.Event()
-
-        async def main() -> None:
-            self._loop = asyncio.get_running_loop()
-            self._loop_end = asyncio.Event()
-            ready.set()
-            await self._loop_end.wait()
-
-        self._loop_thread = threading.Thread(target=asyncio.run, args=(main(),), name="pgqueue-async", daemon=True)
-        self._loop_thread.start()
-        ready.wait()
-
-    def call_in_loop(self, slots: Slots, job: ClaimedJob, asked_at: float) -> None:
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._create_slot, slots, job, asked_at)
-
-    def _create_slot(self, slots: Slots, job: ClaimedJob, asked_at: float) -> None:
-        assert self._loop is not None
-        slot = self._loop.create_task(slots.run_in_loop(job, asked_at))
-        self._loop_slots.add(slot)  # the loop itself keeps only a weak reference
-        slot.add_done_callback(self._loop_slots.discard)
-
-    def _stop_async_tasks(self) -> None:
-        for running in list(self._async_tasks.values()):
-            if self._loop is not None:
-                self._loop.call_soon_threadsafe(running.cancel)
-
-    def _stop_event_loop(self) -> None:
-        if self._loop is not None:
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._loop_end.set)
-            self._loop_thread.join(ABORT_SECONDS)
-
-    def is_async(self, job: ClaimedJob) -> bool:
-        return self._definitions[job.task].is_async
+    async def _dispose_async_engine(self) -> None:
+        if self._async_engine is not None:
+            await self._async_engine.dispose()
 
 
 class _CommitGuard:
