@@ -124,8 +124,8 @@ class Server(testing.postgresql.Postgresql):
         log = str(Path(self.base_dir) / "restart.log")
         options = f"-p {self.settings['port']} -k {Path(self.base_dir) / 'tmp'} {COMMON_ARGS}"
         self.control("restart", "-m", "immediate", "-l", log, "-o", options)
-        pid = int((self.data_folder / "postmaster.pid").read_text().splitlines()[0])
-        self.child_process = _Adopted(pid)
+        self.child_process.wait(timeout=60)
+        self.child_process = _Adopted(self.data_folder / "postmaster.pid")
 
     def _run(self, command: list[str]) -> None:
         drop: dict[str, Any] = {}
@@ -214,9 +214,10 @@ class Server(testing.postgresql.Postgresql):
 class _Adopted:
     """The server after a restart, which is no longer a child of this process."""
 
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
+    def __init__(self, pid_file: Path) -> None:
+        self.pid = int(pid_file.read_text().splitlines()[0])
         self.returncode: int | None = None
+        self._pid_file = pid_file
 
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
@@ -228,11 +229,13 @@ class _Adopted:
         self.send_signal(9)
 
     def poll(self) -> int | None:
+        """0 once the server is down. Its process may remain as a zombie, its file does not."""
         try:
             os.kill(self.pid, 0)
-        except ProcessLookupError:
+            running = int(self._pid_file.read_text().splitlines()[0])
+        except (ProcessLookupError, FileNotFoundError, IndexError):
             return 0
-        return None
+        return None if running == self.pid else 0
 
     def wait(self, timeout: float | None = None) -> int:
         deadline = time.monotonic() + (60.0 if timeout is None else timeout)

@@ -1,0 +1,131 @@
+"""Bugs that a worker process can be started with, to prove that the ledger finds them.
+
+Each is a mistake that a job queue may really contain. Where it shows only when two processes meet at the wrong
+moment, the bug waits for that moment, so that the tests need no luck.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from pgqueue import store
+from pgqueue.executor import execute
+from pgqueue.job import ClaimedJob, Completed, EventType, JobStatus, Outcome, SweepResult, Transition
+from pgqueue.retry import decide
+from pgqueue.schema import Tables
+from pgqueue.task import TaskDefinition
+from pgqueue.worker import Worker
+
+BACK_TO_PENDING = (
+    "UPDATE pgqueue.jobs SET status = 'pending', claim_token = NULL, claim_expires_at = NULL, finished_at = NULL, "
+    "retries = retries + :charge WHERE id = ANY(:ids) RETURNING id, queue, task, attempt, claimed_by"
+)
+
+
+def plant(bug: str, gates: Path) -> None:
+    """Change this process's pgqueue for the worse."""
+    BUGS[bug](gates)
+
+
+def finish_without_fence(gates: Path) -> None:
+    """A completion is written by id, whoever has the job now."""
+
+    def finish(connection: sa.Connection, tables: Tables, transitions: Sequence[Transition], *, actor: str) -> set[int]:
+        statement = sa.text(
+            "UPDATE pgqueue.jobs SET status = 'completed', claim_token = NULL, claim_expires_at = NULL, "
+            "finished_at = now(), result = CAST(:result AS jsonb) WHERE id = :id"
+        )
+        for transition in transitions:
+            assert transition.status is JobStatus.COMPLETED
+            connection.execute(statement, {"id": transition.job_id, "result": transition.result_json})
+        return {transition.job_id for transition in transitions}
+
+    store.finish = finish
+
+
+def effects_in_another_transaction(gates: Path) -> None:
+    """A transactional task commits, and then its completion does."""
+
+    def run(self: Worker, definition: TaskDefinition, job: ClaimedJob) -> Outcome:
+        with Session(self.pgq.engine) as session, session.begin():
+            return execute(definition, job, session)
+
+    Worker._run_transactional = run  # type: ignore[method-assign]
+
+
+def completed_before_it_ran(gates: Path) -> None:
+    """A job counts as done when it was handed out."""
+
+    def run(self: Worker, definition: TaskDefinition, job: ClaimedJob) -> None:
+        with self.pgq.begin() as connection:
+            transition = decide(job, Completed("1"), definition.retry, 0.0)
+            store.finish(connection, self.pgq.tables, [transition], actor=self.id)
+        with Session(self.pgq.engine) as session, session.begin():
+            execute(definition, job, session)
+
+    Worker._run_transactional = run  # type: ignore[method-assign]
+
+
+def sweep_without_second_look(gates: Path) -> None:
+    """The sweep takes back what it found a moment ago, whatever became of it since. Waits there for a gate."""
+
+    def sweep(connection: sa.Connection, tables: Tables, *, limit: int, actor: str) -> SweepResult:
+        expired = "SELECT id FROM pgqueue.jobs WHERE status = 'running' AND claim_expires_at < now()"
+        ids = list(connection.execute(sa.text(expired)).scalars())
+        if not ids:
+            return SweepResult()
+        (gates / "expired_jobs_seen").touch()
+        _wait(lambda: (gates / "sweep").exists())
+        swept = connection.execute(sa.text(BACK_TO_PENDING), {"ids": ids, "charge": 1}).all()
+        store._record_all(
+            connection,
+            tables,
+            swept,
+            event=EventType.SWEEP,
+            actor=actor,
+            from_status="running",
+            to_status="pending",
+            reason="lease over",
+        )
+        return SweepResult(returned=ids)
+
+    store.sweep = sweep
+
+
+def claim_without_lock(gates: Path) -> None:
+    """A claim updates what it found a moment ago. Waits there until two workers have found the same."""
+    claim = store.claim
+
+    def claim_found(connection: sa.Connection, tables: Tables, **parameters: Any) -> list[ClaimedJob]:
+        ids = list(connection.execute(sa.text("SELECT id FROM pgqueue.jobs WHERE status = 'pending'")).scalars())
+        if ids:
+            (gates / f"found-{os.getpid()}").touch()
+            _wait(lambda: len(list(gates.glob("found-*"))) == 2)
+            connection.execute(sa.text(BACK_TO_PENDING), {"ids": ids, "charge": 0})
+        return claim(connection, tables, **parameters)
+
+    store.claim = claim_found
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.01)
+
+
+BUGS: dict[str, Callable[[Path], None]] = {
+    bug.__name__: bug
+    for bug in (
+        finish_without_fence,
+        effects_in_another_transaction,
+        completed_before_it_ran,
+        sweep_without_second_look,
+        claim_without_lock,
+    )
+}
