@@ -314,9 +314,12 @@ def print_machine() -> None:
         server = connection.scalar(sa.text("SHOW server_version"))
         names = ("fsync", "synchronous_commit", "full_page_writes", "shared_buffers")
         settings = {name: connection.scalar(sa.text(f"SHOW {name}")) for name in names}
+        local = pgq.url.host in (None, "localhost", "127.0.0.1")
+        folder = connection.scalar(sa.text("SELECT current_setting('data_directory', true)")) if local else None
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("pgqueue", "SQLAlchemy", "psycopg"))
     print(f"{cpu_model()}, {usable} processors, {platform.system()} {platform.release()}")
+    settings["files on"] = file_system(folder) if folder else "another machine, or not known"
     print(f"PostgreSQL {server} ({', '.join(f'{name} {value}' for name, value in settings.items())})")
     print(f"Python {platform.python_version()}, {packages}\n")
 
@@ -329,6 +332,16 @@ def cpu_model() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def file_system(folder: str) -> str:
+    """What kind of disk a folder is on: on a tmpfs, durability costs nothing and the figures mean little."""
+    try:
+        mounts = [line.split()[:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    except OSError:
+        return "unknown"
+    around = [(len(point), kind) for _, point, kind in mounts if Path(folder).is_relative_to(point)]
+    return max(around)[1]
 
 
 def print_table(samples: Samples) -> None:

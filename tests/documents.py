@@ -1,0 +1,115 @@
+"""Documentation as tests see it: its fenced blocks, its tables, and its commands run as a reader would run them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from support import PATIENCE_SECONDS, Process, wait_for
+
+from pgqueue import PgQueue
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block."""
+
+    language: str
+    text: str
+    line: int  #: of the document, from 1
+
+    @property
+    def file_name(self) -> str | None:
+        """The file that a block of Python says it is, in its first line."""
+        named = re.match(r"# (\S+\.py)\n", self.text)
+        return named[1] if named else None
+
+    @property
+    def commands(self) -> list[str]:
+        """The lines of a block of shell."""
+        return [line for line in self.text.splitlines() if line]
+
+
+def blocks(document: Path) -> list[Block]:
+    text = document.read_text()
+    return [Block(found[1], found[2], text.count("\n", 0, found.start()) + 1) for found in _BLOCK.finditer(text)]
+
+
+def table_below(document: Path, heading: str) -> list[list[str]]:
+    """The cells of the first table below a heading of that text, row by row, without its head."""
+    _, _, below = document.read_text().partition(f"# {heading}\n")
+    lines = iter(below.splitlines())
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in _first_table(lines)]
+    assert len(rows) > 2, f"no table below {heading!r}"
+    return rows[2:]
+
+
+def _first_table(lines: Iterator[str]) -> Iterator[str]:
+    inside = False
+    for line in lines:
+        if line.startswith("|"):
+            inside = True
+            yield line
+        elif inside:
+            return
+
+
+class Reader:
+    """Somebody who types the commands of a document into a shell, in one folder, on one database."""
+
+    def __init__(self, folder: Path, url: str) -> None:
+        self.folder = folder
+        self.url = url
+        scripts = os.path.dirname(sys.executable)
+        self.environ = {
+            **{name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "PGQUEUE_APP")},
+            "PGQUEUE_DATABASE_URL": url,
+            "PATH": os.pathsep.join((scripts, os.environ.get("PATH", os.defpath))),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+
+    def run(self, command: str) -> str:
+        """What the command prints. Fails unless it succeeds; a worker without --drain is stopped when all is done."""
+        if command.startswith("pgqueue worker") and "--drain" not in command:
+            return self._run_until_idle(command)
+        done = subprocess.run(
+            ["bash", "-euc", command],
+            cwd=self.folder,
+            env=self.environ,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
+        )
+        assert done.returncode == 0, f"{command}\nexit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def _run_until_idle(self, command: str) -> str:
+        worker = Process(shlex.split(command), cwd=self.folder, **self.environ)
+        try:
+            wait_for(lambda: self._is_idle(worker), f"the jobs of: {command}")
+            worker.signal(signal.SIGTERM)
+            code = worker.wait()
+            assert code == 0, f"{command}\nexit code {code}\n{worker.output()}"
+            return worker.output()
+        finally:
+            worker.close()
+
+    def _is_idle(self, worker: Process) -> bool:
+        assert worker.process.poll() is None, f"the worker ended by itself:\n{worker.output()}"
+        pgq = PgQueue(self.url)
+        try:
+            return all(queue.ready == 0 and queue.running == 0 for queue in pgq.queues())
+        finally:
+            pgq.dispose()
