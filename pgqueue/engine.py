@@ -34,16 +34,26 @@ def parse_url(url: str | sa.URL) -> sa.URL:
     if isinstance(url, str):
         # `postgres://` is what hosting providers hand out.
         url = re.sub(r"^postgres(?=://|\+)", "postgresql", url)
+    malformed = ConfigurationError(
+        "the database URL is malformed; expected postgresql://user:password@host:5432/database "
+        "or sqlite:///path/to/file.db (special characters in the password must be percent-encoded)"
+    )
     try:
         parsed = sa.make_url(url)
     except (exc.ArgumentError, ValueError):
-        raise ConfigurationError(
-            "the database URL is malformed; expected postgresql://user:password@host:5432/database "
-            "or sqlite:///path/to/file.db (special characters in the password must be percent-encoded)"
-        ) from None
+        raise malformed from None
     backend = checked_dialect(parsed.get_backend_name())
+    if backend == POSTGRESQL and isinstance(url, str) and _has_second_at_sign(url):
+        raise malformed
     driver = "postgresql+psycopg" if backend == POSTGRESQL else "sqlite"
     return parsed.set(drivername=driver)
+
+
+def _has_second_at_sign(url: str) -> bool:
+    """Whether an @ is left behind the credentials: the rest of a password with an @ in it, which would be taken for
+    the host or the database, and shown."""
+    behind = re.sub(r"^[^:/]*(:[^@]*)?@", "", url.partition("://")[2])
+    return "@" in behind.partition("?")[0]
 
 
 def make_engine(url: str | sa.URL) -> sa.Engine:
@@ -184,6 +194,8 @@ def explain(error: exc.DBAPIError, url: sa.URL) -> PgqueueError | None:
             f"database user {url.username!r} lacks a right in {where}: {message}. Working takes, from the owner: GRANT "
             "USAGE on the schema, and SELECT, INSERT, UPDATE, DELETE on its tables"
         )
+    if "invalid connection option" in message:
+        return ConfigurationError(f"{where}: {message}")
     if "unable to open database file" in message:
         return DatabaseUnreachable(f"cannot open {where}: does the folder exist, and may this user write there?")
     if "readonly database" in message:

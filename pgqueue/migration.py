@@ -315,7 +315,7 @@ def _errors_explained(url: sa.URL, schema: str, lock_timeout: float) -> Iterator
                 "the owner of the schema, or as a user with CREATE on the database"
             ) from None
         explained = explain(error, url)
-        if isinstance(explained, DatabaseUnreachable):
+        if isinstance(explained, DatabaseUnreachable | ConfigurationError):
             raise explained from None
         raise
 

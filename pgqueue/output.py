@@ -226,10 +226,19 @@ def printable(text: str) -> str:
 
 
 def redact(text: str) -> str:
-    """`text` without the credentials of any URL or connection string in it."""
-    # Up to the last @ of the word: a password that was not percent-encoded may itself contain one.
-    text = re.sub(r"://[^\s'\"]*@", "://***@", text)
+    """`text` without the credentials of any URL or connection string in it; the user of a database is kept."""
+    # With one slash: what becomes of a URL that was taken for a path.
+    text = re.sub(r"(\w*)(\+\w+)?:(//?)([^\s'\"]*)@", _without_credentials, text)
     return re.sub(r"(?i)\b(password|passfile|sslpassword)=[^\s&'\"]+", r"\1=***", text)
+
+
+def _without_credentials(url: re.Match[str]) -> str:
+    # All up to the last @ of the word: a password that was not percent-encoded may itself contain one.
+    scheme, driver, slashes, credentials = url[1], url[2] or "", url[3], url[4]
+    user, colon, _ = credentials.partition(":")
+    if not scheme.startswith("postgres"):
+        return f"{scheme}{driver}:{slashes}***@"
+    return f"{scheme}{driver}:{slashes}{user}:***@" if colon else url[0]
 
 
 # Logs ------------------------------------------------------------------------------------------------------

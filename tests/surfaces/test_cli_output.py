@@ -266,6 +266,7 @@ def test_quiet_announces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "x postgresql+psycopg://ada:s3cret@[::1]:5432/shop?password=s3cret y",
         "host=db password=s3cret user=ada",
         "postgresql://db/shop?sslpassword=s3cret&x=1",
+        "https://s3cret@host/",
     ],
 )
 def test_credentials_are_taken_out_of_messages(text: str) -> None:
@@ -274,6 +275,14 @@ def test_credentials_are_taken_out_of_messages(text: str) -> None:
     assert "s3c" not in cleaned
     assert "ret" not in cleaned
     assert "***" in cleaned
+
+
+def test_the_user_of_a_database_is_kept_in_messages() -> None:
+    assert (
+        redact("cannot use postgresql+psycopg://ada:x@db/shop!") == "cannot use postgresql+psycopg://ada:***@db/shop!"
+    )
+    assert redact("cannot use postgresql://ada@db/shop") == "cannot use postgresql://ada@db/shop"
+    assert redact("https://token@host/x and ada@host") == "https://***@host/x and ada@host"
 
 
 def test_lines_and_tabs_survive_where_control_codes_do_not() -> None:
