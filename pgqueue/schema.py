@@ -171,16 +171,20 @@ def _jobs(metadata: sa.MetaData, prefix: str) -> sa.Table:
             f" AND length(concurrency_key) BETWEEN 1 AND {KEY_CHARACTERS_MAX}",
             name="names",
         ),
-        *(
-            [sa.CheckConstraint("json_type(payload) = 'object'", name="payload")]
-            if prefix
-            else [
-                sa.CheckConstraint("jsonb_typeof(payload) = 'object'", name="payload"),
-                sa.CheckConstraint(
-                    "isfinite(run_at) AND isfinite(claim_expires_at) AND isfinite(expires_at)", name="finite"
-                ),
-            ]
+        sa.CheckConstraint(_are_objects("payload", "metadata", flat=bool(prefix)), name="documents"),
+        sa.CheckConstraint(
+            _are_readable(
+                "run_at",
+                "claim_expires_at",
+                "expires_at",
+                "created_at",
+                "claimed_at",
+                "finished_at",
+                flat=bool(prefix),
+            ),
+            name="moments",
         ),
+        *([sa.CheckConstraint(_ARE_NUMBERS, name="numbers")] if prefix else []),
         # The claim walks this one from the front: see dialect.claimable.
         sa.Index(
             f"{prefix}jobs_claim",
@@ -219,6 +223,32 @@ def _jobs(metadata: sa.MetaData, prefix: str) -> sa.Table:
     )
 
 
+def _are_objects(*columns: str, flat: bool) -> str:
+    """The columns hold JSON objects. SQLite would take anything, and calls JSON5 JSON."""
+    test = "json_valid({0}) AND json_type({0}) = 'object'" if flat else "jsonb_typeof({0}) = 'object'"
+    return " AND ".join(test.format(column) for column in columns)
+
+
+def _are_readable(*columns: str, flat: bool) -> str:
+    """The columns hold moments that every client can read.
+
+    One row with an infinite moment, one before the year 1 or after 9999, would fail every claim that meets it.
+    """
+    test = (
+        "({0} IS NULL OR ({0} IN (strftime('%Y-%m-%d %H:%M:%f', {0}), strftime('%Y-%m-%d %H:%M:%S', {0}))"
+        " AND {0} BETWEEN '1970' AND '9000'))"
+        if flat
+        else "{0} BETWEEN '1970-01-01 00:00+00' AND '9000-01-01 00:00+00'"
+    )
+    return " AND ".join(test.format(column) for column in columns)
+
+
+#: SQLite takes any value in any column.
+_ARE_NUMBERS = (
+    "typeof(priority) = 'integer' AND priority BETWEEN -32768 AND 32767 AND typeof(attempt) = 'integer'"
+    " AND typeof(retries) = 'integer' AND typeof(max_retries) = 'integer'"
+)
+
 #: The predicate of the unique index; an ON CONFLICT has to repeat it.
 OPEN_WITH_KEY = "unique_key IS NOT NULL AND status IN ('pending', 'running')"
 
@@ -255,6 +285,7 @@ def _queues(metadata: sa.MetaData, prefix: str) -> sa.Table:
         sa.Column("paused_at", UTCDateTime, comment="nothing is claimed from the queue while this is set"),
         sa.Column("paused_until", UTCDateTime, comment="end of the pause; NULL: until somebody resumes it"),
         sa.CheckConstraint("paused_until IS NULL OR paused_at IS NOT NULL", name="pause"),
+        sa.CheckConstraint(_are_readable("paused_at", "paused_until", flat=bool(prefix)), name="moments"),
         comment="pgqueue: settings of queues; a queue needs no row here",
     )
 

@@ -175,19 +175,30 @@ def _create(schema: str | None, prefix: str) -> None:
             " AND length(concurrency_key) BETWEEN 1 AND 512",
             name=op.f(f"ck_{prefix}jobs_names"),
         ),
+        sa.CheckConstraint(_are_objects("payload", "metadata", flat=flat), name=op.f(f"ck_{prefix}jobs_documents")),
         sa.CheckConstraint(
-            "json_type(payload) = 'object'" if flat else "jsonb_typeof(payload) = 'object'",
-            name=op.f(f"ck_{prefix}jobs_payload"),
+            _are_readable(
+                "run_at",
+                "claim_expires_at",
+                "expires_at",
+                "created_at",
+                "claimed_at",
+                "finished_at",
+                flat=flat,
+            ),
+            name=op.f(f"ck_{prefix}jobs_moments"),
         ),
         *(
-            []
-            if flat
-            else [
+            [
                 sa.CheckConstraint(
-                    "isfinite(run_at) AND isfinite(claim_expires_at) AND isfinite(expires_at)",
-                    name=op.f(f"ck_{prefix}jobs_finite"),
+                    "typeof(priority) = 'integer' AND priority BETWEEN -32768 AND 32767"
+                    " AND typeof(attempt) = 'integer' AND typeof(retries) = 'integer'"
+                    " AND typeof(max_retries) = 'integer'",
+                    name=op.f(f"ck_{prefix}jobs_numbers"),
                 )
             ]
+            if flat
+            else []
         ),
         sa.PrimaryKeyConstraint("id", name=op.f(f"pk_{prefix}jobs")),
         schema=schema,
@@ -243,6 +254,9 @@ def _create(schema: str | None, prefix: str) -> None:
         sa.Column("paused_at", moment, comment="nothing is claimed from the queue while this is set"),
         sa.Column("paused_until", moment, comment="end of the pause; NULL: until somebody resumes it"),
         sa.CheckConstraint("paused_until IS NULL OR paused_at IS NOT NULL", name=op.f(f"ck_{prefix}queues_pause")),
+        sa.CheckConstraint(
+            _are_readable("paused_at", "paused_until", flat=flat), name=op.f(f"ck_{prefix}queues_moments")
+        ),
         sa.PrimaryKeyConstraint("name", name=op.f(f"pk_{prefix}queues")),
         schema=schema,
         comment="pgqueue: settings of queues; a queue needs no row here",
@@ -261,6 +275,23 @@ def _create(schema: str | None, prefix: str) -> None:
         schema=schema,
         comment="pgqueue: workers for people to look at; no decision depends on this table",
     )
+
+
+def _are_objects(*columns: str, flat: bool) -> str:
+    """The columns hold JSON objects."""
+    test = "json_valid({0}) AND json_type({0}) = 'object'" if flat else "jsonb_typeof({0}) = 'object'"
+    return " AND ".join(test.format(column) for column in columns)
+
+
+def _are_readable(*columns: str, flat: bool) -> str:
+    """The columns hold moments that every client can read: finite, with a year of four digits."""
+    test = (
+        "({0} IS NULL OR ({0} IN (strftime('%Y-%m-%d %H:%M:%f', {0}), strftime('%Y-%m-%d %H:%M:%S', {0}))"
+        " AND {0} BETWEEN '1970' AND '9000'))"
+        if flat
+        else "{0} BETWEEN '1970-01-01 00:00+00' AND '9000-01-01 00:00+00'"
+    )
+    return " AND ".join(test.format(column) for column in columns)
 
 
 def _index(

@@ -1,0 +1,241 @@
+"""The SQL function `enqueue`, for triggers and other languages: the same job as an enqueue from Python."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from jobs import add_one, claim_one, completed, external, finish, statuses
+from sqlalchemy import exc
+from support import execute, rows, scalar, wait_for
+
+from pgqueue import PgQueue, migration
+from pgqueue.engine import make_engine
+
+
+def call(pg: PgQueue, arguments: str, **parameters: Any) -> int:
+    job_id: int = scalar(pg.engine, f"SELECT pgqueue.enqueue({arguments})", **parameters)
+    return job_id
+
+
+def test_the_defaults_are_those_of_an_enqueue_from_python(pg: PgQueue) -> None:
+    from_python = add_one(pg)
+
+    from_sql = call(pg, "'work', '{\"n\": 0}'")
+
+    one, other = vars(pg.get_job(from_python)), vars(pg.get_job(from_sql))
+    for different in ("id", "run_at", "created_at"):
+        del one[different], other[different]
+    assert one == other
+
+
+def test_every_argument_is_stored(pg: PgQueue) -> None:
+    job_id = call(
+        pg,
+        "task => 'work', payload => '{\"n\": 1}', queue => 'mail', priority => 7, run_at => '2040-01-01 00:00+00',"
+        " unique_key => 'k', max_retries => 9, metadata => '{\"trace\": \"t\"}'",
+    )
+
+    job = pg.get_job(job_id)
+    assert (job.task, job.payload, job.queue, job.priority) == ("work", {"n": 1}, "mail", 7)
+    assert (job.run_at.isoformat(), job.unique_key, job.max_retries) == ("2040-01-01T00:00:00+00:00", "k", 9)
+    assert job.metadata == {"trace": "t"}
+
+
+@pytest.mark.parametrize("number", ["5", "5::smallint", "5::bigint::integer", "(SELECT 5)"])
+def test_a_priority_needs_no_cast(pg: PgQueue, number: str) -> None:
+    job_id = call(pg, f"'work', priority => {number}, max_retries => {number}")
+
+    job = pg.get_job(job_id)
+    assert (job.priority, job.max_retries) == (5, 5)
+
+
+def test_a_job_enqueued_by_sql_is_claimed_like_any_other(pg: PgQueue) -> None:
+    job_id = call(pg, "'work', '{\"n\": 1}'")
+
+    job = claim_one(pg)
+
+    assert (job.id, job.payload) == (job_id, {"n": 1})
+
+
+def test_it_is_part_of_the_callers_transaction(pg: PgQueue) -> None:
+    with pg.engine.connect() as connection:
+        connection.execute(sa.text("SELECT pgqueue.enqueue('work')"))
+        connection.rollback()
+
+    assert statuses(pg) == {}
+
+
+def test_a_taken_unique_key_gives_the_id_of_the_job_that_has_it(pg: PgQueue) -> None:
+    first = call(pg, "'work', unique_key => 'k'")
+
+    assert call(pg, "'work', '{\"n\": 2}', unique_key => 'k'") == first
+    assert add_one(pg, unique_key="k") == first
+    assert call(pg, "'other', unique_key => 'k'") != first
+    assert pg.get_job(first).payload == {}
+
+
+def test_a_running_job_keeps_its_unique_key_and_a_final_one_does_not(pg: PgQueue) -> None:
+    first = call(pg, "'work', unique_key => 'k'")
+    job = claim_one(pg)
+
+    assert call(pg, "'work', unique_key => 'k'") == first
+    finish(pg, completed(job))
+    assert call(pg, "'work', unique_key => 'k'") != first
+
+
+@pytest.mark.parametrize("rival_commits", [True, False])
+def test_with_a_rival_for_the_unique_key_it_waits_for_his_transaction(pg: PgQueue, rival_commits: bool) -> None:
+    results: list[int] = []
+    with pg.engine.connect() as rival:
+        his = rival.scalar(sa.text("SELECT pgqueue.enqueue('work', unique_key => 'k')"))
+        caller = threading.Thread(target=lambda: results.append(call(pg, "'work', unique_key => 'k'")))
+        caller.start()
+        wait_for(
+            lambda: scalar(pg.engine, "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"),
+            "the caller to wait for the rival",
+        )
+        if rival_commits:
+            rival.commit()
+        else:
+            rival.rollback()
+        caller.join()
+
+    assert (results[0] == his) == rival_commits
+    assert list(statuses(pg)) == results
+
+
+REFUSED = [
+    ("NULL", "23502"),
+    ("'work', NULL", "23502"),
+    ("'work', queue => NULL", "23502"),
+    ("'work', run_at => NULL", "23502"),
+    ("'work', metadata => NULL", "23502"),
+    ("'work', '[]'", "23514"),
+    ("'work', '\"text\"'", "23514"),
+    ("'work', 'null'", "23514"),
+    ("'work', metadata => '[]'", "23514"),
+    ("''", "23514"),
+    ("repeat('x', 129)", "23514"),
+    ("'work', queue => ''", "23514"),
+    ("'work', queue => repeat('x', 129)", "23514"),
+    ("'work', unique_key => ''", "23514"),
+    ("'work', unique_key => repeat('x', 513)", "23514"),
+    ("'work', run_at => 'infinity'", "23514"),
+    ("'work', run_at => '-infinity'", "23514"),
+    ("'work', run_at => '0044-03-15 BC'", "23514"),
+    ("'work', run_at => '12000-01-01'", "23514"),
+    ("'work', max_retries => -1", "23514"),
+    ("'work', max_retries => 40000", "22003"),
+    ("'work', priority => 40000", "22003"),
+    ("'work', '{'", "22P02"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sqlstate"), REFUSED)
+def test_what_an_enqueue_from_python_refuses_is_refused_here(pg: PgQueue, arguments: str, sqlstate: str) -> None:
+    with pytest.raises(exc.DBAPIError) as caught:
+        call(pg, arguments)
+
+    assert getattr(caught.value.orig, "sqlstate", None) == sqlstate
+    assert statuses(pg) == {}
+
+
+def test_a_trigger_of_the_application_enqueues_in_the_same_transaction(pg: PgQueue) -> None:
+    with pg.begin() as connection:
+        connection.execute(sa.text("CREATE TABLE orders (id integer PRIMARY KEY)"))
+        connection.execute(
+            sa.text(
+                "CREATE FUNCTION order_placed() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+                " PERFORM pgqueue.enqueue('send_receipt', jsonb_build_object('order_id', NEW.id));"
+                " RETURN NEW; END $$"
+            )
+        )
+        connection.execute(
+            sa.text("CREATE TRIGGER placed AFTER INSERT ON orders FOR EACH ROW EXECUTE FUNCTION order_placed()")
+        )
+
+    execute(pg.engine, "INSERT INTO orders VALUES (1), (2)")
+    with pg.engine.connect() as connection:
+        connection.execute(sa.text("INSERT INTO orders VALUES (3)"))
+        connection.rollback()
+
+    assert sorted(job.payload["order_id"] for job in pg.list_jobs(task="send_receipt")) == [1, 2]
+
+
+def test_a_hostile_search_path_changes_nothing(pg: PgQueue) -> None:
+    """Tables, functions and operators of the same names, in front of the right ones."""
+    with pg.begin() as connection:
+        for statement in (
+            "CREATE SCHEMA hostile",
+            "CREATE TABLE hostile.jobs (LIKE pgqueue.jobs)",
+            "CREATE FUNCTION hostile.now() RETURNS timestamptz LANGUAGE sql AS $$ SELECT 'epoch'::timestamptz $$",
+            "CREATE FUNCTION hostile.isfinite(timestamptz) RETURNS boolean LANGUAGE sql AS $$ SELECT true $$",
+            "CREATE FUNCTION hostile.texteq(text, text) RETURNS boolean LANGUAGE sql AS $$ SELECT true $$",
+            "CREATE OPERATOR hostile.= (LEFTARG = text, RIGHTARG = text, FUNCTION = hostile.texteq)",
+        ):
+            connection.execute(sa.text(statement))
+    call(pg, "'work', unique_key => 'a'")
+
+    with pg.engine.begin() as connection:
+        connection.execute(sa.text("SET LOCAL search_path = hostile, pg_catalog"))
+        connection.execute(sa.text("CREATE TEMPORARY TABLE jobs (LIKE pgqueue.jobs) ON COMMIT DROP"))
+        first = connection.scalar(sa.text("SELECT pgqueue.enqueue('work', unique_key => 'b')"))
+        second = connection.scalar(sa.text("SELECT pgqueue.enqueue('work', unique_key => 'b')"))
+
+    assert first == second
+    assert rows(pg.engine, "SELECT unique_key, run_at > now() - interval '1 hour' FROM pgqueue.jobs ORDER BY id") == [
+        ("a", True),
+        ("b", True),
+    ]
+    assert scalar(pg.engine, "SELECT count(*) FROM hostile.jobs") == 0
+
+
+def test_arguments_are_data_and_never_sql(pg: PgQueue) -> None:
+    hostile = "'; DROP TABLE pgqueue.jobs; --"
+
+    job_id = call(pg, ":name, jsonb_build_object(CAST(:name AS text), 1), :name, unique_key => :name", name=hostile)
+
+    job = pg.get_job(job_id)
+    assert (job.task, job.payload, job.queue, job.unique_key) == (hostile, {hostile: 1}, hostile, hostile)
+
+
+def test_it_stores_into_the_schema_it_was_made_in(empty_pg_url: str) -> None:
+    for schema in ("one", "two"):
+        engine = make_engine(empty_pg_url)
+        migration.upgrade(engine, schema)
+        engine.dispose()
+    pg = PgQueue(empty_pg_url, schema="two")
+
+    job_id = scalar(pg.engine, "SELECT two.enqueue('work')")
+
+    assert statuses(pg) == {job_id: "pending"}
+    assert scalar(pg.engine, "SELECT count(*) FROM one.jobs") == 0
+    pg.dispose()
+
+
+def test_it_has_only_the_rights_of_its_caller(pg: PgQueue) -> None:
+    with pg.begin() as connection:
+        connection.execute(sa.text("CREATE ROLE stranger"))
+        connection.execute(sa.text("GRANT USAGE ON SCHEMA pgqueue TO stranger"))
+    try:
+        with pg.engine.begin() as connection:
+            connection.execute(sa.text("SET LOCAL ROLE stranger"))
+            with pytest.raises(exc.ProgrammingError, match="permission denied"):
+                connection.execute(sa.text("SELECT pgqueue.enqueue('work')"))
+    finally:
+        execute(pg.engine, "DROP OWNED BY stranger")
+        execute(pg.engine, "DROP ROLE stranger")
+
+    assert statuses(pg) == {}
+
+
+def test_a_task_registered_in_python_takes_what_sql_sends(pg: PgQueue) -> None:
+    external(pg, "other")
+    call(pg, "'work', jsonb_build_object('at', now(), 'n', 1.50, 'none', NULL)")
+
+    payload = claim_one(pg).payload
+
+    assert (payload["n"], payload["none"], type(payload["at"])) == (1.5, None, str)
