@@ -230,7 +230,7 @@ class PgQueue:
         writes, the jobs it enqueues there and its own completion commit together, once, or not at all.
         """
         if function:
-            return self._register(*function)
+            return self._register(*function, **options)
         return functools.partial(self._register, **options)
 
     def _register(

@@ -466,3 +466,12 @@ def test_an_enqueue_beside_the_completion_of_the_keys_holder_gets_a_job_of_its_o
 
     assert results[0].inserted
     assert statuses(pg) == {holder: "completed", results[0].id: "pending"}
+
+
+def test_a_task_registered_by_a_plain_call_has_the_options_it_was_given(pgq: PgQueue) -> None:
+    task = pgq.task(print_nothing, name="quiet", queue="images", priority=3)
+
+    assert (task.name, task.definition.queue, task.definition.priority) == ("quiet", "images", 3)
+
+
+def print_nothing() -> None: ...
