@@ -36,6 +36,7 @@ from pgqueue.job import (
     SweepResult,
     Transition,
 )
+from pgqueue.retry import DELAY_SECONDS_MAX
 from pgqueue.schema import OPEN_WITH_KEY, Tables
 
 #: Literals, never parameters: a plan for any value of a parameter cannot use a partial index.
@@ -441,7 +442,8 @@ def _moved_document(transitions: Sequence[Transition]) -> str:
                 "id": t.job_id,
                 "token": t.claim_token.hex,
                 "status": t.status,
-                "delay": t.delay_seconds,
+                # Whatever a policy said: that an attempt ended must not fail to be written.
+                "delay": None if t.delay_seconds is None else min(t.delay_seconds, DELAY_SECONDS_MAX),
                 "charge": int(t.charge_retry),
                 "error": json.dumps(t.error.as_dict()) if t.error else None,
             }
