@@ -8,9 +8,12 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import selectors
+import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import sqlalchemy as sa
@@ -31,6 +34,9 @@ EXIT_WAIT_SECONDS = 0.5
 
 #: Between two checks that the connection that listens is still alive.
 LISTEN_CHECK_SECONDS = 15.0
+
+#: For reading a notification that has arrived.
+READ_SECONDS = 0.01
 
 
 def channel(schema: str) -> str:
@@ -146,11 +152,19 @@ class WakeListener(threading.Thread):
         self._schema = schema
         self._woken = woken
         self._stop_requested = threading.Event()
+        # Ends the wait for the next notification, so that a worker that stops need not wait for its listener.
+        self._bell, self._ringer = socket.socketpair()
 
     def stop(self) -> None:
         self._stop_requested.set()
+        with suppress(OSError):  # it has ended already
+            self._ringer.send(b"\0")
 
     def run(self) -> None:
+        with self._bell, self._ringer:
+            self._run()
+
+    def _run(self) -> None:
         wait = 0.5
         while not self._stop_requested.is_set():
             try:
@@ -171,10 +185,11 @@ class WakeListener(threading.Thread):
 
     def _listen(self, connection: sa.Connection) -> None:
         driver: Any = connection.connection.driver_connection
-        checked = time.monotonic()
-        while not self._stop_requested.is_set():
-            for notice in driver.notifies(timeout=0.5, stop_after=1):
-                self._woken(notice.payload)
-            if time.monotonic() - checked > LISTEN_CHECK_SECONDS:
-                driver.execute("SELECT 1")
-                checked = time.monotonic()
+        with selectors.DefaultSelector() as selector:
+            selector.register(driver.fileno(), selectors.EVENT_READ)
+            selector.register(self._bell, selectors.EVENT_READ)
+            while not self._stop_requested.is_set():
+                if not selector.select(LISTEN_CHECK_SECONDS):
+                    driver.execute("SELECT 1")
+                for notice in driver.notifies(timeout=READ_SECONDS, stop_after=1):
+                    self._woken(notice.payload)

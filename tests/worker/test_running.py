@@ -347,7 +347,8 @@ def test_a_moment_that_plain_sql_wrote_without_milliseconds_does_not_stop_the_qu
         return 2 * n
 
     job_id = insert(pgq, "double", '{"n": 4}')
-    execute(pgq.engine, f"UPDATE {table(pgq, 'jobs')} SET run_at = '2020-01-01 00:00:00', created_at = '2020-01-01'")
+    moment = "'2020-01-01 00:00:00'"
+    execute(pgq.engine, f"UPDATE {table(pgq, 'jobs')} SET run_at = {moment}, created_at = {moment}")
 
     drain(pgq)
 
