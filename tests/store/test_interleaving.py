@@ -1,0 +1,273 @@
+"""Two sweeps, a late finish and others at one job at once, in every order: no deadlock, one end, one event.
+
+Each operation has a connection of its own and is taken one step at a time: its statement, then its commit. An
+operation that meets a lock is seen waiting in pg_stat_activity; the others go on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from jobs import add, claim, claim_one, completed, died, everything, expire, retried, row
+from support import PATIENCE_SECONDS
+
+from pgqueue import ClaimedJob, ClaimLost, IllegalTransition, PgQueue, store
+
+Work = Callable[[sa.Connection], Any]
+
+STEPS = ("run", "commit")
+
+LOOK_AGAIN_SECONDS = 0.002
+
+
+class Operation:
+    """One transaction in a thread of its own, started and committed on command."""
+
+    def __init__(self, engine: sa.Engine, watcher: sa.Connection, name: str, work: Work) -> None:
+        self._watcher = watcher
+        self._connection = engine.connect()
+        self._connection.execute(
+            sa.text(
+                "SELECT set_config('application_name', :name, false), set_config('statement_timeout', '30s', false)"
+            ),
+            {"name": name},
+        )
+        self._pid = self._connection.scalar(sa.text("SELECT pg_backend_pid()"))
+        self._connection.commit()
+        self._work = work
+        self._commit_wanted = threading.Event()
+        self._ran = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self.result: Any = None
+
+    def _run(self) -> None:
+        try:
+            self.result = self._work(self._connection)
+        except Exception as error:
+            self.result = error
+        self._ran.set()
+        self._commit_wanted.wait()
+        if isinstance(self.result, Exception):
+            self._connection.rollback()
+        else:
+            self._connection.commit()
+
+    def step(self, step: str) -> None:
+        """Start the statement, or have it committed: at once, or as soon as it no longer waits."""
+        if step == "run":
+            self._thread.start()
+            self._wait(lambda: self._ran.wait(LOOK_AGAIN_SECONDS))
+        else:
+            self._commit_wanted.set()
+            self._wait(self._is_over)
+
+    def _is_over(self) -> bool:
+        self._thread.join(LOOK_AGAIN_SECONDS)
+        return not self._thread.is_alive()
+
+    def _wait(self, done: Callable[[], bool]) -> None:
+        """Until `done`, or until PostgreSQL says that the statement waits for a lock."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not done():
+            if not self._ran.is_set() and self._is_blocked():
+                return
+            assert time.monotonic() < deadline, "neither done nor waiting for a lock"
+
+    def _is_blocked(self) -> bool:
+        found = self._watcher.scalar(
+            sa.text("SELECT wait_event_type = 'Lock' FROM pg_stat_activity WHERE pid = :pid"), {"pid": self._pid}
+        )
+        self._watcher.rollback()
+        return bool(found)
+
+    def end(self) -> None:
+        self._commit_wanted.set()
+        if self._thread.ident is not None:
+            self._thread.join(60)
+            assert not self._thread.is_alive()
+        self._connection.close()
+
+
+def sweeps(pg: PgQueue, actor: str) -> Work:
+    return lambda connection: store.sweep(connection, pg.tables, limit=100, actor=actor)
+
+
+def finishes(pg: PgQueue, *jobs: ClaimedJob, how: Callable[[ClaimedJob], Any] = completed) -> Work:
+    ends = [how(job) for job in jobs]
+    return lambda connection: store.finish(connection, pg.tables, ends, actor="worker-1")
+
+
+def extends(pg: PgQueue, *jobs: ClaimedJob) -> Work:
+    claims = [(job.id, job.claim_token) for job in jobs]
+    return lambda connection: store.extend(connection, pg.tables, claims, lease=600)
+
+
+def cancels(pg: PgQueue, job: ClaimedJob) -> Work:
+    return lambda connection: store.cancel_job(connection, pg.tables, job.id, actor="operator", reason=None)
+
+
+def claims(pg: PgQueue) -> Work:
+    return lambda connection: store.claim(
+        connection, pg.tables, queue="default", worker="worker-2", token=uuid.uuid4(), limit=100, lease=60
+    )
+
+
+def orders(operations: int) -> Iterator[tuple[tuple[int, str], ...]]:
+    """Every order of the steps of so many operations in which each runs before it commits."""
+    steps = [(number, step) for number in range(operations) for step in STEPS]
+    for order in itertools.permutations(steps):
+        if all(order.index((number, "run")) < order.index((number, "commit")) for number in range(operations)):
+            yield order
+
+
+def play(pg: PgQueue, works: list[Work], order: tuple[tuple[int, str], ...]) -> list[Any]:
+    """Take the operations through their steps in this order; their results. A deadlock would be one of them."""
+    with pg.engine.connect() as watcher:
+        operations = [Operation(pg.engine, watcher, f"operation {n}", work) for n, work in enumerate(works)]
+        try:
+            for number, step in order:
+                operations[number].step(step)
+        finally:
+            for operation in operations:
+                operation.end()
+    return [operation.result for operation in operations]
+
+
+def unexpected(results: list[Any]) -> list[Exception]:
+    return [
+        result
+        for result in results
+        if isinstance(result, Exception) and not isinstance(result, IllegalTransition | ClaimLost)
+    ]
+
+
+@pytest.mark.parametrize("how", [completed, retried, died])
+def test_two_sweeps_and_a_late_finish_end_a_job_once_in_every_order(
+    pg: PgQueue, how: Callable[[ClaimedJob], Any]
+) -> None:
+    for order in orders(3):
+        if order.index((1, "run")) < order.index((0, "run")):
+            continue  # the two sweeps are alike
+        (job_id,) = add(pg, max_retries=0)
+        job = claim_one(pg)
+        expire(pg)
+
+        first, second, written = play(
+            pg, [sweeps(pg, "sweeper-1"), sweeps(pg, "sweeper-2"), finishes(pg, job, how=how)], order
+        )
+
+        assert unexpected([first, second, written]) == [], order
+        ends = [*first.dead, *second.dead, *written]
+        assert ends == [job_id], order
+        stored = row(pg, job_id)
+        if written:
+            assert stored.status == how(job).status, order
+            expected = [] if how is completed else [how(job).event]
+        else:
+            assert stored.status == "dead", order
+            expected = ["sweep"]
+        assert [event["event"] for event in pg.job_events(job_id)] == expected, order
+        clear(pg)
+
+
+def clear(pg: PgQueue) -> None:
+    with pg.begin() as connection:
+        connection.execute(sa.delete(pg.tables.jobs))
+
+
+def test_a_sweep_a_finish_and_a_heartbeat_agree_in_every_order(pg: PgQueue) -> None:
+    for order in orders(3):
+        ids = add(pg, 3)
+        jobs = claim(pg, limit=3)
+        expire(pg)
+
+        swept, written, held = play(pg, [sweeps(pg, "s"), finishes(pg, *jobs[:2]), extends(pg, *jobs[1:])], order)
+
+        assert unexpected([swept, written, held]) == [], order
+        assert not set(swept.returned) & written, order
+        for job in jobs:
+            stored = row(pg, job.id)
+            if job.id in written:
+                assert (stored.status, stored.retries) == ("completed", 0), order
+            elif job.id in swept.returned:
+                assert (stored.status, stored.retries) == ("pending", 1), order
+            else:
+                assert (stored.status, stored.claim_token) == ("running", job.claim_token), order
+                assert job.id in held, order
+        assert len(ids) == 3
+        clear(pg)
+
+
+def test_a_cancel_a_sweep_and_a_finish_end_a_job_once_in_every_order(pg: PgQueue) -> None:
+    for order in orders(3):
+        (job_id,) = add(pg, max_retries=0)
+        job = claim_one(pg)
+        expire(pg)
+
+        cancelled, swept, written = play(pg, [cancels(pg, job), sweeps(pg, "s"), finishes(pg, job, how=died)], order)
+
+        assert unexpected([cancelled, swept, written]) == [], order
+        ends = [cancelled is None, bool(swept.dead), bool(written)]
+        assert ends.count(True) == 1, order
+        (event,) = pg.job_events(job_id)
+        assert event["event"] == ["cancel", "sweep", "dead"][ends.index(True)], order
+        clear(pg)
+
+
+def test_a_sweep_and_two_claims_give_an_expired_job_to_one_claimer_in_every_order(pg: PgQueue) -> None:
+    for order in orders(3):
+        if order.index((2, "run")) < order.index((1, "run")):
+            continue  # the two claims are alike
+        expired, fresh = add(pg, 2)
+        claim_one(pg)
+        expire(pg)
+
+        swept, first, second = play(pg, [sweeps(pg, "s"), claims(pg), claims(pg)], order)
+
+        assert unexpected([swept, first, second]) == [], order
+        taken = sorted(job.id for job in [*first, *second])
+        assert list(swept.returned) == [expired], order
+        assert taken in ([fresh], [expired, fresh]), order
+        clear(pg)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_batches_over_the_same_jobs_do_not_deadlock_whatever_their_order(pg: PgQueue, reverse: bool) -> None:
+    """An old and a new claim of the same jobs, finished at once, in opposite orders."""
+    for order in orders(2):
+        add(pg, 20, max_retries=9)
+        old = claim(pg, limit=20)
+        expire(pg)
+        with pg.begin() as connection:
+            store.sweep(connection, pg.tables, limit=100, actor="s")
+        new = claim(pg, limit=20)
+
+        late, written = play(
+            pg, [finishes(pg, *reversed(old) if reverse else old, how=retried), finishes(pg, *new, how=retried)], order
+        )
+
+        assert unexpected([late, written]) == [], order
+        assert (late, written) == (set(), {job.id for job in new}), order
+        clear(pg)
+
+
+def test_a_finish_that_is_rolled_back_leaves_the_job_to_the_next_sweep(pg: PgQueue) -> None:
+    (job_id,) = add(pg)
+    job = claim_one(pg)
+    expire(pg)
+    before = everything(pg)
+
+    with pg.engine.connect() as worker:
+        store.finish(worker, pg.tables, [completed(job)], actor="worker-1")
+        worker.rollback()
+
+    assert everything(pg) == before
+    with pg.begin() as connection:
+        assert list(store.sweep(connection, pg.tables, limit=10, actor="s").returned) == [job_id]
