@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from support import Process
 from typer.testing import CliRunner
 
@@ -35,6 +36,15 @@ class Command:
     def json(self, *arguments: object, code: int = 0) -> Any:
         """Run it with `-o json`; what it printed, decoded."""
         return json.loads(self(*arguments, "-o", "json", code=code).stdout)
+
+
+def write_application(folder: Path, name: str, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module in the working directory of the test, imported afresh and forgotten when the test is over."""
+    (folder / f"{name}.py").write_text(code)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(sys.modules, name, sys)  # so that it will be taken out again
+    del sys.modules[name]
 
 
 def environment(url: str | None, more: dict[str, str]) -> dict[str, str]:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 import sqlite3
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command import Command
+from command import Command, write_application
 from support import scalar
 
 from pgqueue import PgQueue, migration
 from pgqueue.engine import make_engine
-
-_serial = itertools.count(1)
 
 
 @pytest.fixture
@@ -27,20 +22,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def application(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+def application(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
     """Makes a module from its code, in the working directory; gives how to name its `pgq`."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    names = []
 
     def make(code: str) -> str:
-        name = f"application_{os.getpid()}_{next(_serial)}"
-        (folder / f"{name}.py").write_text("from pgqueue import PgQueue\n" + code)
-        names.append(name)
-        return f"{name}:pgq"
+        write_application(folder, "shop_database", "from pgqueue import PgQueue\n" + code, monkeypatch)
+        return "shop_database:pgq"
 
-    yield make
-    for name in names:
-        sys.modules.pop(name, None)
+    return make
 
 
 def sqlite_file(folder: Path, name: str, schema: str = "pgqueue") -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from command import Command
+from command import Command, write_application
 
 from pgqueue import PgQueue
 
@@ -24,10 +23,7 @@ def resize(file: str, size: int = 1024) -> None: ...
 @pytest.fixture
 def pgqueue(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     """The command, in a folder with an application."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "shop_jobs", raising=False)
-    (tmp_path / "shop_jobs.py").write_text(CODE)
+    write_application(tmp_path, "shop_jobs", CODE, monkeypatch)
     return Command(url)
 
 
