@@ -274,7 +274,7 @@ WORKERS_MAX = 64
 KILL_AFTER = 1 / 3
 
 #: How often the whole is done again because all jobs were done before a worker that held some could be killed.
-ROUNDS_MAX = 5
+ROUNDS_MAX = 3
 
 #: Between two looks at the queue: while the moment to kill a worker must not be missed, and otherwise.
 KILL_LOOK_SECONDS, LOOK_SECONDS = 0.005, 0.05
@@ -402,7 +402,7 @@ class _Demo:
         self._held: set[int] = set()  #: the jobs that killed workers held when they died
         self._progress = Progress(
             TextColumn("indexing"),
-            BarColumn(),
+            BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[note]}"),
