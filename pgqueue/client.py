@@ -65,6 +65,9 @@ _Job = Job
 #: How many expired claims a low-level `claim` takes from dead workers before it looks for due jobs.
 SWEEP_BEFORE_CLAIM = 100
 
+#: The largest LIMIT that both databases take as an integer.
+LIMIT_MAX = 2**31 - 1
+
 #: Moments outside of these are a mistake, and some could be stored but not be read again.
 RUN_AT_MIN, RUN_AT_MAX = datetime(1970, 1, 1, tzinfo=UTC), datetime(9000, 1, 1, tzinfo=UTC)
 
@@ -294,7 +297,7 @@ class PgQueue:
     # Claims, for consumers that are not tasks
 
     def claim(
-        self, worker: str, *, queue: str = DEFAULT_QUEUE, limit: int = 1, lease: float = 30.0
+        self, worker: str, *, queue: str = DEFAULT_QUEUE, limit: int = 1, lease: float | timedelta = 30.0
     ) -> list[ClaimedJob]:
         """Claim up to `limit` due jobs of a queue for `lease` seconds; an empty list when there are none.
 
@@ -304,16 +307,20 @@ class PgQueue:
             return self._claim(connection, worker, queue, limit, lease)
 
     async def claim_async(
-        self, worker: str, *, queue: str = DEFAULT_QUEUE, limit: int = 1, lease: float = 30.0
+        self, worker: str, *, queue: str = DEFAULT_QUEUE, limit: int = 1, lease: float | timedelta = 30.0
     ) -> list[ClaimedJob]:
         return await self._run_async(lambda connection: self._claim(connection, worker, queue, limit, lease))
 
-    def _claim(self, connection: sa.Connection, worker: str, queue: str, limit: int, lease: float) -> list[ClaimedJob]:
+    def _claim(
+        self, connection: sa.Connection, worker: str, queue: str, limit: int, lease: float | timedelta
+    ) -> list[ClaimedJob]:
         checked_name("queue", queue)
-        if not isinstance(worker, str) or not worker:
-            raise ConfigurationError(f"worker must be a name that is not empty, got {worker!r}")
-        if limit < 1:
-            raise ConfigurationError(f"limit must be at least 1, got {limit!r}")
+        if not isinstance(worker, str) or not worker or "\0" in worker or not _is_unicode(worker):
+            raise ConfigurationError(
+                f"worker must be a name that is not empty, without NUL characters and lone surrogates, got {worker!r}"
+            )
+        _checked_limit(limit)
+        seconds = _checked_lease(lease)
         store.sweep(connection, self.tables, limit=SWEEP_BEFORE_CLAIM, actor=worker)
         return store.claim(
             connection,
@@ -322,7 +329,7 @@ class PgQueue:
             worker=worker,
             token=uuid.uuid4(),
             limit=limit,
-            lease=checked_lease(lease),
+            lease=seconds,
         )
 
     def ack(
@@ -380,20 +387,20 @@ class PgQueue:
     ) -> None:
         await self._finish_async("nack_async", jobs, _nack_outcome(delay, error, dead), session, delay=delay)
 
-    def extend(self, jobs: ClaimedJob | Iterable[ClaimedJob], *, lease: float = 30.0) -> None:
+    def extend(self, jobs: ClaimedJob | Iterable[ClaimedJob], *, lease: float | timedelta = 30.0) -> None:
         """Hold the jobs for `lease` more seconds from now. Raises ClaimLost, naming those that are held no more."""
         chosen = _as_list(jobs)
         with self.begin() as connection:
             held = self._extend(connection, chosen, lease)
         _require_written(chosen, held)
 
-    async def extend_async(self, jobs: ClaimedJob | Iterable[ClaimedJob], *, lease: float = 30.0) -> None:
+    async def extend_async(self, jobs: ClaimedJob | Iterable[ClaimedJob], *, lease: float | timedelta = 30.0) -> None:
         chosen = _as_list(jobs)
         _require_written(chosen, await self._run_async(lambda connection: self._extend(connection, chosen, lease)))
 
-    def _extend(self, connection: sa.Connection, jobs: Sequence[ClaimedJob], lease: float) -> set[int]:
+    def _extend(self, connection: sa.Connection, jobs: Sequence[ClaimedJob], lease: float | timedelta) -> set[int]:
         claims = [(job.id, job.claim_token) for job in jobs]
-        return store.extend(connection, self.tables, claims, lease=checked_lease(lease))
+        return store.extend(connection, self.tables, claims, lease=_checked_lease(lease))
 
     def _finish(
         self,
@@ -467,8 +474,7 @@ class PgQueue:
         """Jobs that fit the filters, newest first. `before_id` continues after a page."""
         if status is not None and status not in tuple(JobStatus):
             raise ConfigurationError(f"status must be one of {', '.join(JobStatus)}, got {status!r}")
-        if limit < 1:
-            raise ConfigurationError(f"limit must be at least 1, got {limit!r}")
+        _checked_limit(limit)
         with self.begin() as connection:
             return store.list_jobs(
                 connection,
@@ -874,6 +880,17 @@ def _require_written(jobs: Sequence[ClaimedJob], written: set[int]) -> None:
             f"the claim on job{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))} was lost: its lease ran out "
             "and it was claimed again, or it was finished or cancelled; nothing was written for it"
         )
+
+
+def _checked_limit(limit: object) -> None:
+    if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= LIMIT_MAX:
+        raise ConfigurationError(f"limit must be at least 1 and at most {LIMIT_MAX}, got {limit!r}")
+
+
+def _checked_lease(lease: float | timedelta) -> float:
+    if isinstance(lease, bool) or not isinstance(lease, int | float | timedelta):
+        raise ConfigurationError(f"lease must be seconds or a timedelta, got {type(lease).__name__}")
+    return checked_lease(lease.total_seconds() if isinstance(lease, timedelta) else lease)
 
 
 def _checked_delay(delay: float | timedelta) -> float:

@@ -50,9 +50,11 @@ def checked_schema(name: object) -> str:
 
 
 def checked_lease(seconds: float) -> float:
-    if LEASE_SECONDS_MIN <= seconds < float("inf"):
+    if LEASE_SECONDS_MIN <= seconds <= DELAY_SECONDS_MAX:
         return float(seconds)
-    raise ConfigurationError(f"lease must be at least {LEASE_SECONDS_MIN} seconds, got {seconds!r}")
+    raise ConfigurationError(
+        f"lease must be at least {LEASE_SECONDS_MIN} seconds and at most {DELAY_SECONDS_MAX:.0f}, got {seconds!r}"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

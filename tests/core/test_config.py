@@ -21,9 +21,9 @@ from pgqueue.config import DEFAULT_CONCURRENCY, checked_lease, checked_schema, p
         ({"queues": {"a": 1001}}, "concurrency of queue 'a' must be a whole number between 1 and 1000, got 1001"),
         ({"queues": {"a": 1.5}}, "concurrency of queue 'a' must be a whole number between 1 and 1000, got 1.5"),
         ({"queues": {"a": True}}, "concurrency of queue 'a' must be a whole number between 1 and 1000, got True"),
-        ({"lease": 0.1}, "lease must be at least 0.5 seconds, got 0.1"),
-        ({"lease": math.inf}, "lease must be at least 0.5 seconds, got inf"),
-        ({"lease": math.nan}, "lease must be at least 0.5 seconds, got nan"),
+        ({"lease": 0.1}, "lease must be at least 0.5 seconds and at most 3162240000, got 0.1"),
+        ({"lease": math.inf}, "lease must be at least 0.5 seconds and at most 3162240000, got inf"),
+        ({"lease": math.nan}, "lease must be at least 0.5 seconds and at most 3162240000, got nan"),
         (
             {"lease": 10, "heartbeat_interval": 0},
             "heartbeat_interval must be more than 0 and at most half of the lease",
