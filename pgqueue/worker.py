@@ -513,11 +513,13 @@ class Worker:
             self._async_engine = make_async_engine(parse_url(self.pgq.url), pool_size=0)
         outcome: Outcome | None = None
         try:
-            async with AsyncSession(self._async_engine, expire_on_commit=False) as session:
+            async with contextlib.AsyncExitStack() as stack:
                 try:
-                    await session.connection()
+                    connection = await stack.enter_async_context(self._async_engine.connect())
                 except Exception as error:  # noqa: BLE001 — the task did not begin
                     return NOT_BEGUN if is_transient(error) else outcome_of(error)
+                # It begins its transaction when the task first uses it: on SQLite that keeps all others from writing.
+                session = await stack.enter_async_context(AsyncSession(connection, expire_on_commit=False))
                 guard = _CommitGuard(session.sync_session, definition)
                 outcome = await execute_async(definition, job, session)
                 if not isinstance(outcome, Completed):
