@@ -494,12 +494,12 @@ class PgQueue:
     def cancel(self, job_id: int, *, reason: str | None = None, actor: str | None = None) -> None:
         """Withdraw a job that is pending or running; what its worker writes later is refused."""
         with self.begin() as connection:
-            store.cancel_job(connection, self.tables, job_id, actor=actor or default_actor(), reason=reason)
+            store.cancel_job(connection, self.tables, job_id, actor=_who(actor), reason=_why(reason))
 
     def replay(self, job_id: int, *, reason: str | None = None, actor: str | None = None) -> None:
         """Put a dead or cancelled job back to pending, with all its retries."""
         with self.begin() as connection:
-            store.replay_job(connection, self.tables, job_id, actor=actor or default_actor(), reason=reason)
+            store.replay_job(connection, self.tables, job_id, actor=_who(actor), reason=_why(reason))
             queue = store.get_job(connection, self.tables, job_id).queue
         if self.tables.dialect_name == POSTGRESQL:
             self._wake_sender({queue}, True)
@@ -507,7 +507,7 @@ class PgQueue:
     def delete(self, job_id: int, *, reason: str | None = None, actor: str | None = None) -> None:
         """Delete a job that is not running; its events stay."""
         with self.begin() as connection:
-            store.delete_job(connection, self.tables, job_id, actor=actor or default_actor(), reason=reason)
+            store.delete_job(connection, self.tables, job_id, actor=_who(actor), reason=_why(reason))
 
     def pause(
         self,
@@ -519,22 +519,20 @@ class PgQueue:
     ) -> None:
         """Let nothing be claimed from a queue, for a time or until `resume`. Running jobs go on."""
         checked_name("queue", queue)
-        seconds = None if duration is None else as_seconds(duration)
+        seconds = None if duration is None else _checked_duration("duration", duration)
         if seconds is not None and not 0 < seconds <= DELAY_SECONDS_MAX:
             raise ConfigurationError(
                 f"the duration of a pause must be more than 0 and at most {DELAY_SECONDS_MAX:.0f} seconds, "
                 f"got {duration!r}"
             )
         with self.begin() as connection:
-            store.pause_queue(
-                connection, self.tables, queue, seconds=seconds, actor=actor or default_actor(), reason=reason
-            )
+            store.pause_queue(connection, self.tables, queue, seconds=seconds, actor=_who(actor), reason=_why(reason))
 
     def resume(self, queue: str, *, reason: str | None = None, actor: str | None = None) -> bool:
         """End the pause of a queue; whether there was one."""
         checked_name("queue", queue)
         with self.begin() as connection:
-            ended = store.resume_queue(connection, self.tables, queue, actor=actor or default_actor(), reason=reason)
+            ended = store.resume_queue(connection, self.tables, queue, actor=_who(actor), reason=_why(reason))
         if ended and self.tables.dialect_name == POSTGRESQL:
             self._wake_sender({queue}, True)
         return ended
@@ -560,12 +558,14 @@ class PgQueue:
 
         Dead jobs are kept unless `statuses` names them. `pruned` is told of each batch.
         """
-        seconds = as_seconds(older_than)
+        seconds = _checked_duration("older_than", older_than)
         if not 0 <= seconds <= DELAY_SECONDS_MAX:
             raise ConfigurationError(
                 f"older_than must be between 0 and {DELAY_SECONDS_MAX:.0f} seconds, got {older_than!r}"
             )
         final = [status for status in JobStatus if status not in (JobStatus.PENDING, JobStatus.RUNNING)]
+        if not statuses:
+            raise ConfigurationError(f"name at least one status whose jobs can be pruned: {', '.join(final)}")
         for status in statuses:
             if status not in final:
                 raise ConfigurationError(f"only {', '.join(final)} jobs can be pruned, got {status!r}")
@@ -888,20 +888,33 @@ def _checked_limit(limit: object) -> None:
 
 
 def _checked_lease(lease: float | timedelta) -> float:
-    if isinstance(lease, bool) or not isinstance(lease, int | float | timedelta):
-        raise ConfigurationError(f"lease must be seconds or a timedelta, got {type(lease).__name__}")
+    _checked_duration("lease", lease)
     return checked_lease(lease.total_seconds() if isinstance(lease, timedelta) else lease)
 
 
 def _checked_delay(delay: float | timedelta) -> float:
-    if isinstance(delay, bool) or not isinstance(delay, int | float | timedelta):
-        raise ConfigurationError(f"delay must be seconds or a timedelta, got {type(delay).__name__}")
-    if isinstance(delay, int) and delay > DELAY_SECONDS_MAX:
-        delay = float("inf")  # it may be too large to be a float at all
-    seconds = as_seconds(delay)
+    seconds = _checked_duration("delay", delay)
     if not 0 <= seconds <= DELAY_SECONDS_MAX:
         raise ConfigurationError(f"delay must be between 0 and {DELAY_SECONDS_MAX:.0f} seconds, got {delay!r}")
     return seconds
+
+
+def _checked_duration(name: str, duration: object) -> float:
+    """Seconds, infinitely many when no float can hold them."""
+    if isinstance(duration, bool) or not isinstance(duration, int | float | timedelta):
+        raise ConfigurationError(f"{name} must be seconds or a timedelta, got {type(duration).__name__}")
+    try:
+        return as_seconds(duration)
+    except OverflowError:
+        return float("inf")
+
+
+def _who(actor: str | None) -> str:
+    return clean(actor, MESSAGE_CHARACTERS_MAX) if actor else default_actor()
+
+
+def _why(reason: str | None) -> str | None:
+    return None if reason is None else clean(reason, MESSAGE_CHARACTERS_MAX)
 
 
 def _metadata_json(metadata: Mapping[str, Any] | None) -> str:

@@ -293,14 +293,7 @@ def _claim(tables: Tables, of_tasks: bool) -> sa.Update:
     jobs, queues = tables.jobs, tables.queues
     queue = sa.bindparam("of_queue", type_=sa.Text())
     paused = (
-        sa.select(sa.literal_column("1"))
-        .select_from(queues)
-        .where(
-            queues.c.name == queue,
-            queues.c.paused_at.is_not(None),
-            sa.or_(queues.c.paused_until.is_(None), queues.c.paused_until > now()),
-        )
-        .exists()
+        sa.select(sa.literal_column("1")).select_from(queues).where(queues.c.name == queue, _is_paused(queues)).exists()
     )
     filters: sa.ColumnElement[bool] = sa.not_(paused)
     if of_tasks:
@@ -585,7 +578,7 @@ def _sweep(tables: Tables) -> sa.Update:
 
 def get_job(connection: sa.Connection, tables: Tables, job_id: int) -> Job:
     """The job with that id, as a plain object; JSON that Python cannot read stays text. Raises JobNotFound."""
-    row = connection.execute(_readable(tables.jobs).where(tables.jobs.c.id == job_id)).one_or_none()
+    row = connection.execute(_readable(tables.jobs).where(tables.jobs.c.id == _bounded(job_id))).one_or_none()
     if row is None:
         raise JobNotFound(f"there is no job {job_id}; it may have been deleted or pruned")
     return Job(**_read(tables.jobs, row))
@@ -611,15 +604,20 @@ def list_jobs(
     if task is not None:
         query = query.where(jobs.c.task == task)
     if before_id is not None:
-        query = query.where(jobs.c.id < before_id)
+        query = query.where(jobs.c.id < _bounded(before_id))
     return [Job(**_read(jobs, row)) for row in connection.execute(query)]
 
 
 def list_events(connection: sa.Connection, tables: Tables, job_id: int) -> list[dict[str, Any]]:
     """What was recorded of a job, oldest first."""
     events = tables.job_events
-    query = _readable(events).where(events.c.job_id == job_id).order_by(events.c.id)
+    query = _readable(events).where(events.c.job_id == _bounded(job_id)).order_by(events.c.id)
     return [_read(events, row) for row in connection.execute(query)]
+
+
+def _bounded(job_id: int) -> int:
+    """The nearest id that fits into the column: what people type may be longer."""
+    return max(-(2**63), min(job_id, 2**63 - 1))
 
 
 def _readable(table: sa.Table) -> sa.Select[Any]:
@@ -736,7 +734,7 @@ def _lock_job(connection: sa.Connection, tables: Tables, job_id: int) -> sa.Row[
     jobs = tables.jobs
     found: Any = connection.execute(
         sa.select(jobs.c.id, jobs.c.queue, jobs.c.task, jobs.c.attempt, jobs.c.status)
-        .where(jobs.c.id == job_id)
+        .where(jobs.c.id == _bounded(job_id))
         .with_for_update()
     ).one_or_none()
     if found is None:
@@ -775,7 +773,7 @@ def resume_queue(connection: sa.Connection, tables: Tables, queue: str, *, actor
     queues = tables.queues
     ended = connection.execute(
         sa.update(queues)
-        .where(queues.c.name == queue, queues.c.paused_at.is_not(None))
+        .where(queues.c.name == queue, _is_paused(queues))
         .values(paused_at=sa.null(), paused_until=sa.null())
     ).rowcount
     if ended:
@@ -785,6 +783,12 @@ def resume_queue(connection: sa.Connection, tables: Tables, queue: str, *, actor
             [{"queue": queue, "event": EventType.RESUME, "actor": actor, "reason": reason}],
         )
     return bool(ended)
+
+
+def _is_paused(queues: sa.Table) -> sa.ColumnElement[bool]:
+    return sa.and_(
+        queues.c.paused_at.is_not(None), sa.or_(queues.c.paused_until.is_(None), queues.c.paused_until > now())
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -826,12 +830,7 @@ def summarize_queues(connection: sa.Connection, tables: Tables) -> list[QueueSum
         ).group_by(jobs.c.queue)
     )
     summaries: dict[str, dict[str, Any]] = {row.queue: dict(row._mapping) for row in counted}
-    paused = connection.execute(
-        sa.select(queues.c.name, queues.c.paused_until).where(
-            queues.c.paused_at.is_not(None),
-            sa.or_(queues.c.paused_until.is_(None), queues.c.paused_until > now()),
-        )
-    )
+    paused = connection.execute(sa.select(queues.c.name, queues.c.paused_until).where(_is_paused(queues)))
     for row in paused:
         summaries.setdefault(row.name, {"queue": row.name}).update(paused=True, paused_until=row.paused_until)
     return [QueueSummary(**summaries[name]) for name in sorted(summaries)]
