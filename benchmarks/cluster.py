@@ -1,0 +1,102 @@
+"""A PostgreSQL of the benchmarks' own, with the durability that PostgreSQL has by default."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+
+import pgserver  # noqa: E402 — found through the path set above
+
+#: Everything that concerns durability stays at its default; this much is advised for any server in earnest.
+SETTINGS = "-c shared_buffers=1GB -c max_wal_size=4GB"
+
+TICKS = os.sysconf("SC_CLK_TCK")
+
+_numbers = itertools.count(1)
+
+
+class Cluster(pgserver.Server):
+    """A server in a temporary folder (on the disk that TMPDIR names), with a fresh database for each sample."""
+
+    def __init__(self, major: str | None = None) -> None:
+        _, folder = pgserver.choose_server(major)
+        super().__init__(folder, durable=True)
+
+    def initialize(self) -> None:
+        self.settings["postgres_args"] += f" {SETTINGS}"
+        super().initialize()
+
+    def connect(self, database: str = "postgres") -> psycopg.Connection:
+        return psycopg.connect(self.plain_url(database), autocommit=True)
+
+    def plain_url(self, database: str) -> str:
+        """The URL as psycopg and all drivers but SQLAlchemy's take it."""
+        return self.url(database=database).replace("+psycopg", "")
+
+    def make_template(self, name: str) -> str:
+        with self.connect() as connection:
+            connection.execute(f'DROP DATABASE IF EXISTS "{name}"')
+            connection.execute(f'CREATE DATABASE "{name}"')
+        return name
+
+    @contextmanager
+    def database(self, template: str) -> Iterator[str]:
+        """A copy of a template that nothing has been done to; gone afterwards."""
+        name = f"{template}_{next(_numbers)}"
+        with self.connect() as connection:
+            connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+            try:
+                yield name
+            finally:
+                connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+    def settle(self, database: str) -> None:
+        """Statistics as autovacuum would have made them by now, and no checkpoint left over from what was done."""
+        with self.connect(database) as connection:
+            connection.execute("ANALYZE")
+            connection.execute("CHECKPOINT")
+
+    def cpu_seconds(self) -> float:
+        """Of the server with all its processes, those that have ended included."""
+        postmaster = self.child_process.pid
+        own = _stat(postmaster)
+        ticks = sum(own[11:15])  # utime, stime, and those of the children waited for
+        children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split()
+        for child in children:
+            try:
+                ticks += sum(_stat(int(child))[11:13])
+            except OSError:  # it ended just now
+                continue
+        return ticks / TICKS
+
+    def describe(self) -> str:
+        with self.connect() as connection:
+            row = connection.execute("SHOW server_version").fetchone()
+            names = ("fsync", "synchronous_commit", "full_page_writes", "shared_buffers", "max_wal_size")
+            settings = [f"{name} {connection.execute(f'SHOW {name}').fetchone()[0]}" for name in names]
+        return f"PostgreSQL {row[0]} ({', '.join(settings)}), files on {file_system(self.data_folder)}"
+
+
+def _stat(pid: int) -> list[int]:
+    """The numbers of /proc/PID/stat, from the fourth field on."""
+    text = Path(f"/proc/{pid}/stat").read_text()
+    fields = text.rpartition(")")[2].split()
+    return [0, *(int(field) for field in fields[1:])]
+
+
+def file_system(folder: Path) -> str:
+    """What kind of disk a folder is on: on a tmpfs, durability costs nothing and the figures mean little."""
+    try:
+        mounts = [line.split()[:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    except OSError:
+        return "unknown"
+    around = [(len(point), kind) for _, point, kind in mounts if folder.is_relative_to(point)]
+    return max(around)[1]
