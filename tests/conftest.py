@@ -12,10 +12,17 @@ import pgserver
 import pytest
 import sqlalchemy as sa
 
+import pgqueue
 from pgqueue import PgQueue, migration
 from pgqueue.engine import make_engine
 
 _serial = itertools.count(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the processes that tests start run the same pgqueue as the tests, whichever happens to be installed."""
+    package = str(Path(pgqueue.__file__).parents[1])
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
