@@ -13,7 +13,7 @@ import psycopg
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
-import pgserver  # noqa: E402 — found through the path set above
+import pgserver
 
 #: Everything that concerns durability stays at its default; this much is advised for any server in earnest.
 SETTINGS = "-c shared_buffers=1GB -c max_wal_size=4GB"

@@ -3,6 +3,7 @@ per queue are the other means (docs/benchmarking in its repository uses up to 25
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,24 @@ class Noop:
     n: int
 
 
+def application(url: str) -> AsyncClient:
+    client = AsyncClient(url, max_connections=20)
+
+    @client.task(Noop, queue="bench")
+    async def noop(job: Any) -> None:
+        run(job.args.n)
+
+    return client
+
+
 async def setup(url: str) -> None:
-    await AsyncClient(url).migrate()
+    client = application(url)
+    await client.migrate()
+    # The first worker of a fresh installation switches it to its queue storage, which enqueue_many_copy needs.
+    await client.start([("bench", WORKERS)])
+    while '"state": "active"' not in await client.storage_status():
+        await asyncio.sleep(0.1)
+    await client.shutdown()
 
 
 async def bulk(url: str, jobs: int, chunk: int) -> Any:
@@ -48,12 +65,7 @@ async def latency(url: str, gaps: list[float]) -> Any:
 
 
 async def work(url: str) -> None:
-    client = AsyncClient(url, max_connections=20)
-
-    @client.task(Noop, queue="bench")
-    async def noop(job: Any) -> None:
-        run(job.args.n)
-
+    client = application(url)
     await client.start([("bench", WORKERS)])
     await stop_requested()
     await client.shutdown()

@@ -1,11 +1,11 @@
 """What the programs of all Python systems share: `python NAME.py VERB URL '{"options": …}'`.
 
-    setup     make the tables in the database of URL
-    bulk      enqueue `jobs` jobs, `chunk` per transaction; prints {"seconds"}
-    single    enqueue `jobs` jobs, one per committed transaction; prints {"seconds"}
-    latency   enqueue `jobs` jobs after the pauses `gaps`; prints {"moments": [[number, before, after], …]},
-              "before" being just before the commit was asked for, or the call that includes it
-    work      run jobs until SIGTERM
+setup     make the tables in the database of URL
+bulk      enqueue `jobs` jobs, `chunk` per transaction; prints {"seconds"}
+single    enqueue `jobs` jobs, one per committed transaction; prints {"seconds"}
+latency   enqueue `jobs` jobs after the pauses `gaps`; prints {"moments": [[number, before, after], …]},
+          "before" being just before the commit was asked for, or the call that includes it
+work      run jobs until SIGTERM
 """
 
 from __future__ import annotations

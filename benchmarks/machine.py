@@ -1,0 +1,71 @@
+"""What a run was measured on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+from benchmarks.systems import NODE, PEERS
+
+PACKAGES = {
+    "pgqueuer": "pgqueuer",
+    "procrastinate": "procrastinate",
+    "chancy": "chancy",
+    "awa": "awa-pg",
+}
+MODULES = {"graphile-worker": "graphile-worker", "pg-boss": "pg-boss"}
+
+
+def limit_cpus(count: int) -> None:
+    """Keep this process, and all that it starts, on the first so many of the processors it may use; 0: all."""
+    if count and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+
+
+def prefer_this_process() -> None:
+    """A little more priority than the rest of the machine has, where that is allowed."""
+    try:
+        os.nice(-5)
+    except (OSError, AttributeError):
+        pass
+
+
+def describe() -> list[str]:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    own = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("pgqueue", "SQLAlchemy", "psycopg"))
+    return [
+        f"{cpu_model()}, {usable} of {os.cpu_count()} processors, {memory()} of memory, "
+        f"{platform.system()} {platform.release()}",
+        f"Python {platform.python_version()}, {own}",
+    ]
+
+
+def cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def memory() -> str:
+    return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1024**3:.0f} GiB"
+
+
+def peer_version(system: str) -> str | None:
+    """The version that is installed for a peer; None when none is."""
+    if system in PACKAGES:
+        python = PEERS / system / "bin" / "python"
+        code = f"import importlib.metadata as m; print(m.version({PACKAGES[system]!r}))"
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True) if python.exists() else None
+        return done.stdout.strip() if done is not None and done.returncode == 0 else None
+    if system in MODULES:
+        manifest = NODE / "node_modules" / MODULES[system] / "package.json"
+        return str(json.loads(manifest.read_text())["version"]) if manifest.exists() else None
+    return None

@@ -1,0 +1,108 @@
+"""Transactions of an application: one row of its own through a Session, and what stands beside it in turn.
+
+    python transactions.py run URL '{"clients": 8, "blocks": 12, "block_seconds": 0.25}'
+
+The clients are processes that change from one kind to the next together, so that every kind meets the same moods
+of the disk. Prints {kind: transactions per second}.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.synchronize
+import time
+from collections.abc import Callable
+
+from pgqueue_app import noop, pgq
+from program import main
+from sqlalchemy import BigInteger, create_engine, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+INSERT = "INSERT INTO pgqueue.jobs (task, payload) VALUES (%s, %s) RETURNING id"
+
+KINDS = ("row alone", "row and bare INSERT", "row and enqueue", "row, bare INSERT and NOTIFY inside")
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Order(Base):
+    __tablename__ = "orders"
+
+    id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    customer: Mapped[str]
+
+
+def transaction_of(kind: str, session: Session) -> Callable[[int], None]:
+    def row_alone(n: int) -> None:
+        session.add(Order(customer="somebody"))
+        session.commit()
+
+    def row_and_insert(n: int) -> None:
+        session.add(Order(customer="somebody"))
+        session.connection().exec_driver_sql(INSERT, ("noop", f'{{"n": {n}}}')).scalar_one()
+        session.commit()
+
+    def row_and_enqueue(n: int) -> None:
+        session.add(Order(customer="somebody"))
+        noop.enqueue(session, n=n)
+        session.commit()
+
+    def row_insert_and_notify(n: int) -> None:
+        session.add(Order(customer="somebody"))
+        session.connection().exec_driver_sql(INSERT, ("noop", f'{{"n": {n}}}')).scalar_one()
+        session.execute(text("NOTIFY jobs, 'default'"))
+        session.commit()
+
+    return dict(zip(KINDS, (row_alone, row_and_insert, row_and_enqueue, row_insert_and_notify), strict=True))[kind]
+
+
+def client(
+    url: str,
+    barrier: multiprocessing.synchronize.Barrier,
+    blocks: int,
+    block_seconds: float,
+    counts: multiprocessing.SimpleQueue[dict[str, float]],
+) -> None:
+    pgq.connect_to(url)
+    done = dict.fromkeys(KINDS, 0)
+    spent = dict.fromkeys(KINDS, 0.0)
+    with Session(create_engine(url)) as session:
+        for kind in KINDS:  # statements compiled and caches filled
+            transaction = transaction_of(kind, session)
+            for n in range(20):
+                transaction(n)
+        for block in range(blocks):
+            shift = block % len(KINDS)
+            for kind in KINDS[shift:] + KINDS[:shift]:
+                transaction = transaction_of(kind, session)
+                barrier.wait()
+                began = time.perf_counter()
+                until = began + block_seconds
+                while time.perf_counter() < until:
+                    transaction(1)
+                    done[kind] += 1
+                spent[kind] += time.perf_counter() - began
+    counts.put({kind: done[kind] / spent[kind] for kind in KINDS})
+    pgq.dispose()
+
+
+def run(url: str, clients: int, blocks: int, block_seconds: float) -> dict[str, float]:
+    Base.metadata.create_all(create_engine(url))
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(clients)
+    counts = context.SimpleQueue()
+    processes = [
+        context.Process(target=client, args=(url, barrier, blocks, block_seconds, counts)) for _ in range(clients)
+    ]
+    for process in processes:
+        process.start()
+    rates = [counts.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return {kind: sum(rate[kind] for rate in rates) for kind in KINDS}
+
+
+if __name__ == "__main__":
+    main({"run": run})
