@@ -58,6 +58,7 @@ from pgqueue.transaction import (
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
+E = TypeVar("E", sa.Engine, AsyncEngine)
 
 #: The class, inside of PgQueue, where `Job` is the mapped one.
 _Job = Job
@@ -117,11 +118,9 @@ class PgQueue:
         engine: sa.Engine | None = None
         async_engine: AsyncEngine | None = None
         if isinstance(database, sa.Engine):
-            checked_dialect(database.dialect.name)
-            engine, url = database, database.url
+            engine, url = _at_read_committed(database), database.url
         elif isinstance(database, AsyncEngine):
-            checked_dialect(database.dialect.name)
-            async_engine, url = database, parse_url(database.url)
+            async_engine, url = _at_read_committed(database), parse_url(database.url)
         elif isinstance(database, str | sa.URL):
             url = parse_url(database)
         else:
@@ -175,10 +174,11 @@ class PgQueue:
         return job_class
 
     def dispose(self) -> None:
-        """Close the pooled connections of pgqueue's own engine. It connects again when used again."""
+        """Close pgqueue's own connections; an engine that was given keeps its own. It connects again when used
+        again."""
         self._wake_sender.close()
         with self._lock:
-            if self._engine is not None:
+            if self._engine is not None and self._owner_pid is not None:
                 self._engine.dispose()
 
     @contextmanager
@@ -583,6 +583,16 @@ class PgQueue:
             total += count
             pruned(count)
         return total
+
+
+def _at_read_committed(engine: E) -> E:
+    """The application's engine, with its connections, at the isolation level that pgqueue's statements are made for.
+
+    At another one a heartbeat would break the transaction of a task, and with autocommit there is no transaction.
+    """
+    if checked_dialect(engine.dialect.name) == POSTGRESQL:
+        return engine.execution_options(isolation_level="READ COMMITTED")
+    return engine
 
 
 @functools.cache
