@@ -753,11 +753,15 @@ class Worker:
 
     def _sweep_step(self, connection: sa.Connection) -> float:
         """Take back the jobs of dead workers."""
-        if time.monotonic() > self._last_beat + self.config.lease:
+        sure_until = self._last_beat + self.config.lease
+        if time.monotonic() > sure_until:
             # This process was frozen or cut off. Let the heartbeat come first, or it takes back its own jobs.
             return self.config.heartbeat_seconds
-        with connection.begin():
+        with connection.begin() as transaction:
             swept = store.sweep(connection, self.pgq.tables, limit=SWEEP_JOBS_MAX, actor=self.id)
+            if time.monotonic() > sure_until:  # it was frozen on the way to the database
+                transaction.rollback()
+                return self.config.heartbeat_seconds
             store.forget_silent_workers(connection, self.pgq.tables, seconds=SILENT_WORKER_SECONDS)
         if swept.count:
             with self._lock:
