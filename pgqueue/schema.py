@@ -233,10 +233,12 @@ def _are_readable(*columns: str, flat: bool) -> str:
     """The columns hold moments that every client can read.
 
     One row with an infinite moment, one before the year 1 or after 9999, would fail every claim that meets it.
+    So would on SQLite a 13th month, of which strftime makes NULL, or a 31st of February, which strftime only sees
+    through when it has something to add.
     """
     test = (
-        "({0} IS NULL OR ({0} IN (strftime('%Y-%m-%d %H:%M:%f', {0}), strftime('%Y-%m-%d %H:%M:%S', {0}))"
-        " AND {0} BETWEEN '1970' AND '9000'))"
+        "({0} IS NULL OR (coalesce({0} IN (strftime('%Y-%m-%d %H:%M:%f', {0}, '+0 days'),"
+        " strftime('%Y-%m-%d %H:%M:%S', {0}, '+0 days')), 0) AND {0} BETWEEN '1970' AND '9000'))"
         if flat
         else "{0} BETWEEN '1970-01-01 00:00+00' AND '9000-01-01 00:00+00'"
     )

@@ -286,8 +286,8 @@ def _are_objects(*columns: str, flat: bool) -> str:
 def _are_readable(*columns: str, flat: bool) -> str:
     """The columns hold moments that every client can read: finite, with a year of four digits."""
     test = (
-        "({0} IS NULL OR ({0} IN (strftime('%Y-%m-%d %H:%M:%f', {0}), strftime('%Y-%m-%d %H:%M:%S', {0}))"
-        " AND {0} BETWEEN '1970' AND '9000'))"
+        "({0} IS NULL OR (coalesce({0} IN (strftime('%Y-%m-%d %H:%M:%f', {0}, '+0 days'),"
+        " strftime('%Y-%m-%d %H:%M:%S', {0}, '+0 days')), 0) AND {0} BETWEEN '1970' AND '9000'))"
         if flat
         else "{0} BETWEEN '1970-01-01 00:00+00' AND '9000-01-01 00:00+00'"
     )
