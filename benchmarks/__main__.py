@@ -125,6 +125,8 @@ def measure(
                         samples.refused.append(f"row {row.number}, {system.name}: {refusal}")
                         console.print(f"refused: {samples.refused[-1]}", style="red", markup=False)
                     progress.advance(task)
+                    if not console.is_terminal:
+                        console.print(f"row {row.number}, {repetition + 1} of {repeat}, {system.name}", highlight=False)
 
 
 def render(rows: list[Row], samples: Samples, about: list[str], options: argparse.Namespace) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -28,10 +29,8 @@ def limit_cpus(count: int) -> None:
 
 def prefer_this_process() -> None:
     """A little more priority than the rest of the machine has, where that is allowed."""
-    try:
+    with contextlib.suppress(OSError, AttributeError):
         os.nice(-5)
-    except (OSError, AttributeError):
-        pass
 
 
 def describe() -> list[str]:

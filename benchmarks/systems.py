@@ -96,7 +96,7 @@ SYSTEMS = {
             (PYTHON, str(PROGRAMS / "pgqueue_app.py")),
             PGQUEUE_OPEN,
             worker=PGQUEUE_WORKER,
-            environ={"BENCH_TASK": "async def"},
+            environ={"BENCH_TASK": "noop_async"},
             kept_jobs=PGQUEUE_KEPT,
             note="`async def` task, `pgqueue worker`",
             template="pgqueue",

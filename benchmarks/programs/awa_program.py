@@ -1,14 +1,16 @@
-"""AWA (awa-pg): a Rust engine with Python handlers. Its README recommends enqueue_many_copy for high volume; workers
-per queue are the other means (docs/benchmarking in its repository uses up to 256 in one process)."""
+"""AWA (awa-pg): a Rust engine with Python handlers. Its README recommends enqueue_many_copy for high volume; the other
+means is the number of workers of a queue."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from awa import AsyncClient
-from program import at_odd_moments_async, chunks, main, stop_requested, timed_async
+from program import main, stop_requested
 from recorder import run
 
 WORKERS = 256
@@ -17,6 +19,22 @@ WORKERS = 256
 @dataclass
 class Noop:
     n: int
+
+
+class Producer:
+    def __init__(self, client: AsyncClient) -> None:
+        self.client = client
+
+    async def many(self, numbers: range) -> None:
+        await self.client.enqueue_many_copy([Noop(n) for n in numbers], queue="bench")
+
+    async def one(self, n: int) -> None:
+        await self.client.insert(Noop(n), queue="bench")
+
+
+@asynccontextmanager
+async def producer(url: str) -> AsyncIterator[Producer]:
+    yield Producer(AsyncClient(url))
 
 
 def application(url: str) -> AsyncClient:
@@ -39,31 +57,6 @@ async def setup(url: str) -> None:
     await client.shutdown()
 
 
-async def bulk(url: str, jobs: int, chunk: int) -> Any:
-    client = AsyncClient(url)
-
-    async def enqueue() -> None:
-        for numbers in chunks(jobs, chunk):
-            await client.enqueue_many_copy([Noop(n) for n in numbers], queue="bench")
-
-    return await timed_async(enqueue)
-
-
-async def single(url: str, jobs: int) -> Any:
-    client = AsyncClient(url)
-
-    async def enqueue() -> None:
-        for n in range(jobs):
-            await client.insert(Noop(n), queue="bench")
-
-    return await timed_async(enqueue)
-
-
-async def latency(url: str, gaps: list[float]) -> Any:
-    client = AsyncClient(url)
-    return await at_odd_moments_async(gaps, lambda n: client.insert(Noop(n), queue="bench"))
-
-
 async def work(url: str) -> None:
     client = application(url)
     await client.start([("bench", WORKERS)])
@@ -72,4 +65,4 @@ async def work(url: str) -> None:
 
 
 if __name__ == "__main__":
-    main({"setup": setup, "bulk": bulk, "single": single, "latency": latency, "work": work})
+    main(setup=setup, producer=producer, work=work)

@@ -4,11 +4,12 @@ jobs, a high concurrency, and eager_polling, which looks for more as soon as a j
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from chancy import Chancy, Queue, Worker
 from chancy import job as chancy_job
-from program import at_odd_moments_async, main, stop_requested, timed_async
+from program import main, stop_requested
 from recorder import run
 
 CONCURRENCY = 1_000
@@ -23,12 +24,27 @@ async def noop(*, n: int) -> None:
     run(n)
 
 
-def chancy(url: str) -> Chancy:
-    return Chancy(url, log=logger)
+class Producer:
+    def __init__(self, app: Chancy) -> None:
+        self.app = app
+
+    async def many(self, numbers: range) -> None:
+        jobs = [noop.job.with_kwargs(n=n) for n in numbers]
+        async for _ in self.app.push_many(jobs, batch_size=len(jobs)):
+            pass
+
+    async def one(self, n: int) -> None:
+        await self.app.push(noop.job.with_kwargs(n=n))
+
+
+@asynccontextmanager
+async def producer(url: str) -> AsyncIterator[Producer]:
+    async with Chancy(url, log=logger) as app:
+        yield Producer(app)
 
 
 async def setup(url: str) -> None:
-    async with chancy(url) as app:
+    async with Chancy(url, log=logger) as app:
         await app.migrate()
         await app.declare(
             Queue(
@@ -41,36 +57,10 @@ async def setup(url: str) -> None:
         )
 
 
-async def bulk(url: str, jobs: int, chunk: int) -> Any:
-    async with chancy(url) as app:
-
-        async def enqueue() -> None:
-            pushed = [noop.job.with_kwargs(n=n) for n in range(jobs)]
-            async for _ in app.push_many(pushed, batch_size=chunk):
-                pass
-
-        return await timed_async(enqueue)
-
-
-async def single(url: str, jobs: int) -> Any:
-    async with chancy(url) as app:
-
-        async def enqueue() -> None:
-            for n in range(jobs):
-                await app.push(noop.job.with_kwargs(n=n))
-
-        return await timed_async(enqueue)
-
-
-async def latency(url: str, gaps: list[float]) -> Any:
-    async with chancy(url) as app:
-        return await at_odd_moments_async(gaps, lambda n: app.push(noop.job.with_kwargs(n=n)))
-
-
 async def work(url: str) -> None:
-    async with chancy(url) as app, Worker(app, register_signal_handlers=False):
+    async with Chancy(url, log=logger) as app, Worker(app, register_signal_handlers=False):
         await stop_requested()
 
 
 if __name__ == "__main__":
-    main({"setup": setup, "bulk": bulk, "single": single, "latency": latency, "work": work})
+    main(setup=setup, producer=producer, work=work)

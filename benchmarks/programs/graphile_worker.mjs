@@ -1,15 +1,15 @@
 // graphile-worker. Its page on performance recommends for throughput: 24 concurrent jobs, a pool of 25, a local
-// queue of 500, and completions in batches with a delay of 0 (https://worker.graphile.org/docs/performance). A local
-// queue of 2,000 was faster still here, and its documentation says to try higher ones for very fast tasks.
-import { makeWorkerUtils, run as runWorker, Logger } from "graphile-worker";
-import { atOddMoments, main, run, seconds, stopRequested } from "./recorder.mjs";
+// queue of 500, and completions in batches with a delay of 0 (https://worker.graphile.org/docs/performance). Its
+// documentation of localQueue.size says to make it much higher for very fast tasks; 2,000 was faster than 500 here.
+import { Logger, makeWorkerUtils, run as runWorker } from "graphile-worker";
+import { main, run, stopRequested } from "./recorder.mjs";
 
 const silent = new Logger(() => () => {});
 
-async function withUtils(connectionString, work) {
+async function withUtils(connectionString, use) {
   const utils = await makeWorkerUtils({ connectionString, logger: silent });
   try {
-    return await work(utils);
+    return await use(utils);
   } finally {
     await utils.release();
   }
@@ -17,28 +17,14 @@ async function withUtils(connectionString, work) {
 
 const setup = (url) => withUtils(url, (utils) => utils.migrate());
 
-const bulk = (url, { jobs, chunk }) =>
+const producing = (url, use) =>
   withUtils(url, async (utils) => {
     await utils.withPgClient((client) => client.query("SELECT 1"));
-    return seconds(async () => {
-      for (let start = 0; start < jobs; start += chunk) {
-        const specs = [];
-        for (let n = start; n < Math.min(start + chunk, jobs); n++) specs.push({ identifier: "noop", payload: { n } });
-        await utils.addJobs(specs);
-      }
+    await use({
+      many: (numbers) => utils.addJobs(numbers.map((n) => ({ identifier: "noop", payload: { n } }))),
+      one: (n) => utils.addJob("noop", { n }),
     });
   });
-
-const single = (url, { jobs }) =>
-  withUtils(url, async (utils) => {
-    await utils.withPgClient((client) => client.query("SELECT 1"));
-    return seconds(async () => {
-      for (let n = 0; n < jobs; n++) await utils.addJob("noop", { n });
-    });
-  });
-
-const latency = (url, { gaps }) =>
-  withUtils(url, (utils) => atOddMoments({ jobs: gaps.length, gaps }, (n) => utils.addJob("noop", { n })));
 
 async function work(connectionString) {
   const runner = await runWorker({
@@ -47,7 +33,7 @@ async function work(connectionString) {
         connectionString,
         concurrentJobs: 24,
         maxPoolSize: 25,
-        localQueue: { size: Number(process.env.BENCH_LOCAL_QUEUE ?? 2000) },
+        localQueue: { size: 2000 },
         completeJobBatchDelay: 0,
         failJobBatchDelay: 0,
       },
@@ -61,4 +47,4 @@ async function work(connectionString) {
   process.exit(0);
 }
 
-await main({ setup, bulk, single, latency, work });
+await main({ setup, producing, work });

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psycopg
-from program import at_odd_moments, chunks, main, stop_event, timed
+from pgqueue_app import setup
+from program import main, stop_event
 from recorder import run
-from sqlalchemy import create_engine
-
-from pgqueue import migration
 
 BATCH = 500
 
@@ -38,45 +38,31 @@ def plain(url: str) -> str:
     return url.replace("+psycopg", "")
 
 
-def setup(url: str) -> None:
-    migration.upgrade(create_engine(url), "pgqueue")
+class Producer:
+    def __init__(self, connection: psycopg.Connection, notifier: psycopg.Connection) -> None:
+        self.connection = connection
+        self.notifier = notifier
+
+    def many(self, numbers: range) -> None:
+        with self.connection.cursor() as cursor:
+            with cursor.copy("COPY pgqueue.jobs (task, payload) FROM STDIN") as copy:
+                for n in numbers:
+                    copy.write_row(("noop", f'{{"n": {n}}}'))
+            self.connection.commit()
+
+    def one(self, n: int) -> None:
+        self.connection.execute(INSERT, [f'{{"n": {n}}}']).fetchone()
+
+    def commit(self) -> None:
+        self.connection.commit()
+        self.notifier.execute("NOTIFY limit_jobs")
 
 
-def bulk(url: str, jobs: int, chunk: int) -> dict[str, float]:
-    with psycopg.connect(plain(url)) as connection:
-
-        def work() -> None:
-            for numbers in chunks(jobs, chunk):
-                with (
-                    connection.transaction(),
-                    connection.cursor() as cursor,
-                    cursor.copy("COPY pgqueue.jobs (task, payload) FROM STDIN") as copy,
-                ):
-                    for n in numbers:
-                        copy.write_row(("noop", f'{{"n": {n}}}'))
-
-        return timed(work)
-
-
-def single(url: str, jobs: int) -> dict[str, float]:
-    with psycopg.connect(plain(url)) as connection:
-
-        def work() -> None:
-            for n in range(jobs):
-                connection.execute(INSERT, [f'{{"n": {n}}}']).fetchone()
-                connection.commit()
-
-        return timed(work)
-
-
-def latency(url: str, gaps: list[float]) -> object:
+@contextmanager
+def producer(url: str) -> Iterator[Producer]:
     with psycopg.connect(plain(url)) as connection, psycopg.connect(plain(url), autocommit=True) as notifier:
-
-        def commit() -> None:
-            connection.commit()
-            notifier.execute("NOTIFY limit_jobs")
-
-        return at_odd_moments(gaps, lambda n: connection.execute(INSERT, [f'{{"n": {n}}}']), commit)
+        notifier.execute("SET synchronous_commit = off")  # a hint need not wait for the disk
+        yield Producer(connection, notifier)
 
 
 def work(url: str) -> None:
@@ -97,4 +83,4 @@ def work(url: str) -> None:
 
 
 if __name__ == "__main__":
-    main({"setup": setup, "bulk": bulk, "single": single, "latency": latency, "work": work})
+    main(setup=setup, producer=producer, work=work)

@@ -2,7 +2,7 @@
 // once while batches come back full) and localConcurrency; and LISTEN/NOTIFY for quick pick-up
 // (https://timgit.github.io/pg-boss/api/workers). A handler gets a whole batch and completes it as a whole.
 import { PgBoss } from "pg-boss";
-import { atOddMoments, main, run, seconds, stopRequested } from "./recorder.mjs";
+import { main, run, stopRequested } from "./recorder.mjs";
 
 async function started(connectionString, options = {}) {
   const boss = new PgBoss({ connectionString, ...options });
@@ -11,37 +11,24 @@ async function started(connectionString, options = {}) {
   return boss;
 }
 
-async function enqueuing(url, work) {
+async function withBoss(url, use) {
   const boss = await started(url, { supervise: false, schedule: false });
   try {
-    return await work(boss);
+    return await use(boss);
   } finally {
     await boss.stop({ graceful: false });
   }
 }
 
-const setup = (url) => enqueuing(url, (boss) => boss.createQueue("noop", { notify: true }));
+const setup = (url) => withBoss(url, (boss) => boss.createQueue("noop", { notify: true }));
 
-const bulk = (url, { jobs, chunk }) =>
-  enqueuing(url, (boss) =>
-    seconds(async () => {
-      for (let start = 0; start < jobs; start += chunk) {
-        const batch = [];
-        for (let n = start; n < Math.min(start + chunk, jobs); n++) batch.push({ data: { n } });
-        await boss.insert("noop", batch);
-      }
+const producing = (url, use) =>
+  withBoss(url, (boss) =>
+    use({
+      many: (numbers) => boss.insert("noop", numbers.map((n) => ({ data: { n } }))),
+      one: (n) => boss.send("noop", { n }),
     }),
   );
-
-const single = (url, { jobs }) =>
-  enqueuing(url, (boss) =>
-    seconds(async () => {
-      for (let n = 0; n < jobs; n++) await boss.send("noop", { n });
-    }),
-  );
-
-const latency = (url, { gaps }) =>
-  enqueuing(url, (boss) => atOddMoments({ jobs: gaps.length, gaps }, (n) => boss.send("noop", { n })));
 
 async function work(url) {
   const boss = await started(url, { useListenNotify: true });
@@ -54,4 +41,4 @@ async function work(url) {
   process.exit(0);
 }
 
-await main({ setup, bulk, single, latency, work });
+await main({ setup, producing, work });

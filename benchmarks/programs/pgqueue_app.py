@@ -6,15 +6,30 @@ Workers are started by the ordinary command line: pgqueue worker pgqueue_app:pgq
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import recorder
-from sqlalchemy import create_engine
-from sqlalchemy.orm import Session
+from sqlalchemy import BigInteger, create_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from pgqueue import PgQueue, migration
 
 pgq = PgQueue()
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Order(Base):
+    """A row of the application's own."""
+
+    __tablename__ = "orders"
+
+    id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    job: Mapped[int]
 
 
 @pgq.task
@@ -27,60 +42,58 @@ async def noop_async(n: int) -> None:
     recorder.run(n)
 
 
-#: Which of the tasks the enqueueing verbs use.
-TASKS = {"def": noop, "async def": noop_async}
+@pgq.task
+def silent(n: int) -> None:
+    """Notes nothing, so that all memory of its worker is the worker's own."""
 
 
-def chosen_task() -> Any:
-    return TASKS[os.environ.get("BENCH_TASK", "def")]
+@pgq.task(transactional=True)
+def write_order(session: Session, n: int) -> None:
+    session.add(Order(job=n))
+    recorder.run(n)
+
+
+#: Which of the tasks is enqueued is said by BENCH_TASK.
+TASKS: dict[str, Any] = {task.name: task for task in (noop, noop_async, silent, write_order)}
+TASK = os.environ.get("BENCH_TASK", "noop")
+
+
+class Producer:
+    """An application with an engine and a session of its own."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.task = TASKS[TASK]
+
+    def many(self, numbers: range) -> None:
+        ids = self.task.enqueue_many(self.session, [{"n": n} for n in numbers])
+        assert len(ids) == len(numbers)
+        self.session.commit()
+
+    def one(self, n: int) -> None:
+        self.task.enqueue(self.session, n=n)
+
+    def commit(self) -> None:
+        self.session.commit()
+
+
+@contextmanager
+def producer(url: str) -> Iterator[Producer]:
+    pgq.connect_to(url)  # for the wake-ups, which have a connection of their own
+    with Session(create_engine(url)) as session:
+        session.connection()
+        session.rollback()
+        yield Producer(session)
+    pgq.dispose()
 
 
 def setup(url: str) -> None:
-    migration.upgrade(create_engine(url), pgq.schema)
-
-
-def bulk(url: str, jobs: int, chunk: int) -> dict[str, float]:
-    from program import chunks, timed
-
-    task = chosen_task()
-    with Session(create_engine(url)) as session:
-        session.connection()
-
-        def work() -> None:
-            for numbers in chunks(jobs, chunk):
-                ids = task.enqueue_many(session, [{"n": n} for n in numbers])
-                assert len(ids) == len(numbers)
-                session.commit()
-
-        return timed(work)
-
-
-def single(url: str, jobs: int) -> dict[str, float]:
-    from program import timed
-
-    task = chosen_task()
-    pgq.connect_to(url)
-    with Session(create_engine(url)) as session:
-        session.connection()
-
-        def work() -> None:
-            for n in range(jobs):
-                task.enqueue(session, n=n)
-                session.commit()
-
-        return timed(work)
-
-
-def latency(url: str, gaps: list[float]) -> Any:
-    from program import at_odd_moments
-
-    task = chosen_task()
-    pgq.connect_to(url)
-    with Session(create_engine(url)) as session:
-        return at_odd_moments(gaps, lambda n: task.enqueue(session, n=n), session.commit)
+    engine = create_engine(url)
+    migration.upgrade(engine, pgq.schema)
+    Base.metadata.create_all(engine)
 
 
 if __name__ == "__main__":
     from program import main
 
-    main({"setup": setup, "bulk": bulk, "single": single, "latency": latency})
+    main(setup=setup, producer=producer)

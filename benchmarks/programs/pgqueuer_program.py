@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import asyncpg
 import uvloop
@@ -14,7 +15,7 @@ from pgqueuer import PgQueuer
 from pgqueuer.db import AsyncpgDriver
 from pgqueuer.models import Job
 from pgqueuer.queries import Queries
-from program import at_odd_moments_async, chunks, main, stop_requested, timed_async
+from program import main, stop_requested
 from recorder import run
 
 BATCH = 2_000
@@ -22,40 +23,29 @@ BATCH = 2_000
 uvloop.install()
 
 
-async def queries(url: str) -> Queries:
-    return Queries(AsyncpgDriver(await asyncpg.connect(url)))
+class Producer:
+    def __init__(self, queries: Queries) -> None:
+        self.queries = queries
+
+    async def many(self, numbers: range) -> None:
+        count = len(numbers)
+        await self.queries.enqueue(["noop"] * count, [b'{"n": %d}' % n for n in numbers], [0] * count)
+
+    async def one(self, n: int) -> None:
+        await self.queries.enqueue("noop", b'{"n": %d}' % n)
+
+
+@asynccontextmanager
+async def producer(url: str) -> AsyncIterator[Producer]:
+    connection = await asyncpg.connect(url)
+    yield Producer(Queries(AsyncpgDriver(connection)))
+    await connection.close()
 
 
 async def setup(url: str) -> None:
-    q = await queries(url)
-    await q.install()
-    await q.optimize_autovacuum()
-
-
-async def bulk(url: str, jobs: int, chunk: int) -> Any:
-    q = await queries(url)
-
-    async def enqueue() -> None:
-        for numbers in chunks(jobs, chunk):
-            count = len(numbers)
-            await q.enqueue(["noop"] * count, [b'{"n": %d}' % n for n in numbers], [0] * count)
-
-    return await timed_async(enqueue)
-
-
-async def single(url: str, jobs: int) -> Any:
-    q = await queries(url)
-
-    async def enqueue() -> None:
-        for n in range(jobs):
-            await q.enqueue("noop", b'{"n": %d}' % n)
-
-    return await timed_async(enqueue)
-
-
-async def latency(url: str, gaps: list[float]) -> Any:
-    q = await queries(url)
-    return await at_odd_moments_async(gaps, lambda n: q.enqueue("noop", b'{"n": %d}' % n))
+    async with producer(url) as made:
+        await made.queries.install()
+        await made.queries.optimize_autovacuum()
 
 
 async def work(url: str) -> None:
@@ -72,4 +62,4 @@ async def work(url: str) -> None:
 
 
 if __name__ == "__main__":
-    main({"setup": setup, "bulk": bulk, "single": single, "latency": latency, "work": work})
+    main(setup=setup, producer=producer, work=work)

@@ -1,13 +1,15 @@
 """procrastinate. Its documentation names one means for throughput: concurrency, many coroutines in one worker process
-(howto/production/concurrency); and a short polling interval where LISTEN is not used, which it is here."""
+(howto/production/concurrency)."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from procrastinate import App, PsycopgConnector
-from program import at_odd_moments_async, chunks, main, stop_requested, timed_async
+from program import main, stop_requested
 from recorder import run
 
 CONCURRENCY = 50
@@ -23,38 +25,28 @@ def application(url: str) -> tuple[App, Any]:
     return app, noop
 
 
+class Producer:
+    def __init__(self, noop: Any) -> None:
+        self.noop = noop
+
+    async def many(self, numbers: range) -> None:
+        await self.noop.batch_defer_async(*({"n": n} for n in numbers))
+
+    async def one(self, n: int) -> None:
+        await self.noop.defer_async(n=n)
+
+
+@asynccontextmanager
+async def producer(url: str) -> AsyncIterator[Producer]:
+    app, noop = application(url)
+    async with app.open_async():
+        yield Producer(noop)
+
+
 async def setup(url: str) -> None:
     app, _ = application(url)
     async with app.open_async():
         await app.schema_manager.apply_schema_async()
-
-
-async def bulk(url: str, jobs: int, chunk: int) -> Any:
-    app, noop = application(url)
-
-    async def enqueue() -> None:
-        for numbers in chunks(jobs, chunk):
-            await noop.batch_defer_async(*({"n": n} for n in numbers))
-
-    async with app.open_async():
-        return await timed_async(enqueue)
-
-
-async def single(url: str, jobs: int) -> Any:
-    app, noop = application(url)
-
-    async def enqueue() -> None:
-        for n in range(jobs):
-            await noop.defer_async(n=n)
-
-    async with app.open_async():
-        return await timed_async(enqueue)
-
-
-async def latency(url: str, gaps: list[float]) -> Any:
-    app, noop = application(url)
-    async with app.open_async():
-        return await at_odd_moments_async(gaps, lambda n: noop.defer_async(n=n))
 
 
 async def work(url: str) -> None:
@@ -67,4 +59,4 @@ async def work(url: str) -> None:
 
 
 if __name__ == "__main__":
-    main({"setup": setup, "bulk": bulk, "single": single, "latency": latency, "work": work})
+    main(setup=setup, producer=producer, work=work)

@@ -1,8 +1,9 @@
-// The same as recorder.py, for Node.
-import { closeSync, openSync, writeFileSync, writeSync } from "node:fs";
+// recorder.py and program.py, for Node.
+import { closeSync, openSync, readdirSync, readFileSync, writeFileSync, writeSync } from "node:fs";
 import { join } from "node:path";
 
 const TICK_MILLISECONDS = 10;
+const FULL_WAIT_MILLISECONDS = 5;
 
 const folder = process.env.BENCH_RECORDS ?? ".";
 const epoch = BigInt(process.env.BENCH_EPOCH ?? "0");
@@ -12,11 +13,12 @@ const numbers = [];
 const moments = [];
 let cpuBefore;
 
-export function microseconds() {
+function microseconds() {
   const [seconds, nanoseconds] = process.hrtime();
-  return (seconds - epochSeconds) * 1e6 + Math.floor((nanoseconds - epochNanoseconds) / 1e3);
+  return Math.floor((seconds - epochSeconds) * 1e6 + (nanoseconds - epochNanoseconds) / 1e3);
 }
 
+/** Note that job number `n` runs now. */
 export function run(n) {
   numbers.push(n);
   moments.push(microseconds());
@@ -40,34 +42,76 @@ function start() {
   });
 }
 
-/** Run the verb that the command line names: `node program.mjs VERB URL {"options": …}`. */
-export async function main(verbs) {
-  const [verb, url, options] = process.argv.slice(2);
-  const result = await verbs[verb](url, JSON.parse(options ?? "{}"));
-  if (result !== undefined) console.log(JSON.stringify(result));
+function runsSoFar() {
+  let runs = 0;
+  for (const name of readdirSync(folder)) {
+    if (!name.endsWith(".count")) continue;
+    const content = readFileSync(join(folder, name));
+    if (content.length === 8) runs += Number(content.readBigUInt64LE());
+  }
+  return runs;
 }
+
+const sleep = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
+
+/** Run the verb that the command line names: `node program.mjs VERB URL {"options": …}`; see program.py.
+ *
+ * `producing` gives its second argument a producer: { many(numbers), one(n) }, which commit by themselves.
+ */
+export async function main({ setup, work, producing }) {
+  const [verb, url, given] = process.argv.slice(2);
+  const options = JSON.parse(given ?? "{}");
+  if (verb === "setup") await setup(url);
+  else if (verb === "work") await work(url);
+  else await producing(url, async (producer) => console.log(JSON.stringify(await verbs[verb](producer, options))));
+}
+
+function range(start, end) {
+  return Array.from({ length: end - start }, (_, index) => start + index);
+}
+
+const verbs = {
+  async bulk(producer, { jobs, chunk }) {
+    const began = microseconds();
+    for (let start = 0; start < jobs; start += chunk) await producer.many(range(start, Math.min(start + chunk, jobs)));
+    return { seconds: (microseconds() - began) / 1e6 };
+  },
+
+  async single(producer, { jobs }) {
+    const began = microseconds();
+    for (let n = 0; n < jobs; n++) await producer.one(n);
+    return { seconds: (microseconds() - began) / 1e6 };
+  },
+
+  async pickup(producer, { gaps }) {
+    const moments = [];
+    for (let n = 0; n < gaps.length; n++) {
+      await sleep(gaps[n] * 1e3);
+      const before = microseconds();
+      await producer.one(n);
+      moments.push([n, before, microseconds()]);
+    }
+    return { moments };
+  },
+
+  async feed(producer, { seconds, ahead, chunk }) {
+    let jobs = 0;
+    const until = microseconds() + seconds * 1e6;
+    while (microseconds() < until) {
+      if (jobs - runsSoFar() < ahead) {
+        await producer.many(range(jobs, jobs + chunk));
+        jobs += chunk;
+      } else {
+        await sleep(FULL_WAIT_MILLISECONDS);
+      }
+    }
+    return { jobs };
+  },
+};
 
 export function stopRequested() {
   return new Promise((resolve) => {
     process.once("SIGTERM", resolve);
     process.once("SIGINT", resolve);
   });
-}
-
-export async function seconds(work) {
-  const began = process.hrtime.bigint();
-  await work();
-  return { seconds: Number(process.hrtime.bigint() - began) / 1e9 };
-}
-
-/** Enqueue single jobs at odd moments: [[number, before, after], …] in microseconds. */
-export async function atOddMoments({ jobs, gaps }, enqueue) {
-  const moments = [];
-  for (let n = 0; n < jobs; n++) {
-    await new Promise((resolve) => setTimeout(resolve, gaps[n] * 1e3));
-    const before = microseconds();
-    await enqueue(n);
-    moments.push([n, before, microseconds()]);
-  }
-  return { moments };
 }

@@ -8,49 +8,39 @@ of the disk. Prints {kind: transactions per second}.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import multiprocessing.synchronize
+import sys
 import time
 from collections.abc import Callable
 
-from pgqueue_app import noop, pgq
-from program import main
-from sqlalchemy import BigInteger, create_engine, text
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from pgqueue_app import Order, noop, pgq
+from sqlalchemy import create_engine, text
+from sqlalchemy.orm import Session
 
 INSERT = "INSERT INTO pgqueue.jobs (task, payload) VALUES (%s, %s) RETURNING id"
 
 KINDS = ("row alone", "row and bare INSERT", "row and enqueue", "row, bare INSERT and NOTIFY inside")
 
 
-class Base(DeclarativeBase):
-    pass
-
-
-class Order(Base):
-    __tablename__ = "orders"
-
-    id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
-    customer: Mapped[str]
-
-
 def transaction_of(kind: str, session: Session) -> Callable[[int], None]:
     def row_alone(n: int) -> None:
-        session.add(Order(customer="somebody"))
+        session.add(Order(job=1))
         session.commit()
 
     def row_and_insert(n: int) -> None:
-        session.add(Order(customer="somebody"))
+        session.add(Order(job=1))
         session.connection().exec_driver_sql(INSERT, ("noop", f'{{"n": {n}}}')).scalar_one()
         session.commit()
 
     def row_and_enqueue(n: int) -> None:
-        session.add(Order(customer="somebody"))
+        session.add(Order(job=1))
         noop.enqueue(session, n=n)
         session.commit()
 
     def row_insert_and_notify(n: int) -> None:
-        session.add(Order(customer="somebody"))
+        session.add(Order(job=1))
         session.connection().exec_driver_sql(INSERT, ("noop", f'{{"n": {n}}}')).scalar_one()
         session.execute(text("NOTIFY jobs, 'default'"))
         session.commit()
@@ -89,7 +79,6 @@ def client(
 
 
 def run(url: str, clients: int, blocks: int, block_seconds: float) -> dict[str, float]:
-    Base.metadata.create_all(create_engine(url))
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(clients)
     counts = context.SimpleQueue()
@@ -105,4 +94,4 @@ def run(url: str, clients: int, blocks: int, block_seconds: float) -> dict[str, 
 
 
 if __name__ == "__main__":
-    main({"run": run})
+    print(json.dumps(run(sys.argv[2], **json.loads(sys.argv[3]))))
