@@ -22,9 +22,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import machine, report
+from benchmarks import machine, plot, report
 from benchmarks.cluster import Cluster
-from benchmarks.rows import FULL, QUICK, ROWS, Row, Samples
+from benchmarks.rows import FULL, QUICK, Row, Samples
+from benchmarks.scenarios import ROWS
 from benchmarks.systems import PEER_NAMES, SYSTEMS, Bench, Refused
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -53,6 +54,8 @@ def main() -> None:
     text = render(rows, samples, about, options)
     print(text)
     save(options.output, text, about, samples, options)
+    if not plot.draw(rows, samples, options.output / "plot.svg"):
+        print("no picture: nothing to compare, or matplotlib is not installed", file=sys.stderr)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -112,6 +115,8 @@ def measure(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         for row in rows:
+            if row.samples_of is not None:
+                continue
             systems = [SYSTEMS[name] for name in row.systems if name in wanted]
             repeat = min(options.repeat, row.repeat or options.repeat)
             task = progress.add_task(f"{row.number}. {row.title}", total=repeat * len(systems))
@@ -137,7 +142,7 @@ def render(rows: list[Row], samples: Samples, about: list[str], options: argpars
         "\n".join(f"* {line}" for line in about),
         report.systems_table(names),
         report.claims_table(rows, samples),
-        *(report.row_table(row, samples) for row in rows if row.number in samples.values),
+        *(report.row_table(row, samples) for row in rows if samples.of(row) and row.samples_of is None),
     ]
     if samples.refused:
         parts.append("Refused samples:\n\n" + "\n".join(f"* {line}" for line in samples.refused))

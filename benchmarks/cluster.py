@@ -18,6 +18,9 @@ import pgserver
 #: Everything that concerns durability stays at its default; this much is advised for any server in earnest.
 SETTINGS = "-c shared_buffers=1GB -c max_wal_size=4GB"
 
+#: A database as large as this is copied file by file.
+LARGE_BYTES = 100 * 1024**2
+
 TICKS = os.sysconf("SC_CLK_TCK")
 
 _numbers = itertools.count(1)
@@ -41,10 +44,10 @@ class Cluster(pgserver.Server):
         """The URL as psycopg and all drivers but SQLAlchemy's take it."""
         return self.url(database=database).replace("+psycopg", "")
 
-    def make_template(self, name: str) -> str:
+    def make_template(self, name: str, like: str = "template1") -> str:
         with self.connect() as connection:
             connection.execute(f'DROP DATABASE IF EXISTS "{name}"')
-            connection.execute(f'CREATE DATABASE "{name}"')
+            connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{like}"')
         return name
 
     @contextmanager
@@ -52,7 +55,9 @@ class Cluster(pgserver.Server):
         """A copy of a template that nothing has been done to; gone afterwards."""
         name = f"{template}_{next(_numbers)}"
         with self.connect() as connection:
-            connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+            size = connection.execute("SELECT pg_database_size(%s)", [template]).fetchone()[0]
+            strategy = "file_copy" if size > LARGE_BYTES else "wal_log"
+            connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}" STRATEGY {strategy}')
             try:
                 yield name
             finally:
@@ -76,6 +81,12 @@ class Cluster(pgserver.Server):
             except OSError:  # it ended just now
                 continue
         return ticks / TICKS
+
+    def statements_logged(self) -> int:
+        """How many statements were written to the server's log, by databases with log_statement = all."""
+        log = Path(self.base_dir) / f"{self.name}.log"
+        with log.open(errors="replace") as lines:
+            return sum(1 for line in lines if "LOG:  statement:" in line or "LOG:  execute " in line)
 
     def describe(self) -> str:
         with self.connect() as connection:

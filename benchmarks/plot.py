@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from benchmarks.rows import Row, Samples
+from benchmarks.rows import WINDOW_SECONDS, Row, Samples, window
 from benchmarks.systems import SYSTEMS
 
 OWN_COLOUR, LIMIT_COLOUR, PEER_COLOUR = "#1f6feb", "#9aa4ad", "#d0a25b"
@@ -15,7 +16,7 @@ PANEL_INCHES = (6.0, 2.9)
 
 def draw(rows: list[Row], samples: Samples, path: Path) -> bool:
     """Write the picture; False when there is nothing that compares, or matplotlib is missing."""
-    shown = [row for row in rows if row.plotted and len(_medians(row, samples)) > 1]
+    shown = [row for row in rows if (row.plotted or row.curve) and len(_medians(row, samples)) > 1]
     if not shown:
         return False
     try:
@@ -33,10 +34,15 @@ def draw(rows: list[Row], samples: Samples, path: Path) -> bool:
     for axis in axes.flat[len(shown) :]:
         axis.set_visible(False)
     for axis, row in zip(axes.flat, shown, strict=False):
+        axis.set_title(f"{row.number}. {row.title}", loc="left", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+        if row.curve:
+            _draw_curves(axis, row, samples)
+            continue
         medians = _medians(row, samples)
         names = sorted(medians, key=lambda name: medians[name], reverse=row.lower_is_better)
         values = [medians[name] for name in names]
-        ends = [samples.values[row.number][name, row.metrics[0]] for name in names]
+        ends = [samples.of(row)[name, row.metrics[0]] for name in names]
         errors = [
             [value - min(each) for value, each in zip(values, ends, strict=True)],
             [max(each) - value for value, each in zip(values, ends, strict=True)],
@@ -50,14 +56,27 @@ def draw(rows: list[Row], samples: Samples, path: Path) -> bool:
             capsize=2,
         )
         axis.bar_label(bars, labels=[f" {value:,.0f}" if value >= 100 else f" {value:.3g}" for value in values])
-        axis.set_title(f"{row.number}. {row.title}", loc="left", fontsize=9)
         axis.set_xlabel(row.metrics[0] + (", less is better" if row.lower_is_better else ""))
         axis.margins(x=0.15)
-        axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
     return True
+
+
+def _draw_curves(axis: Any, row: Row, samples: Samples) -> None:
+    for name in row.systems:
+        rates = []
+        while (rate := samples.median(row, (name, window(len(rates))))) is not None:
+            rates.append(rate)
+        if rates:
+            seconds = [(number + 0.5) * WINDOW_SECONDS for number in range(len(rates))]
+            width = 2.5 if _colour(name) == OWN_COLOUR else 1.2
+            axis.plot(seconds, rates, label=name, linewidth=width)
+    axis.set_xlabel("seconds")
+    axis.set_ylabel("jobs/s")
+    axis.set_ylim(bottom=0)
+    axis.legend(fontsize=7, ncols=3, frameon=False)
 
 
 def _medians(row: Row, samples: Samples) -> dict[str, float]:

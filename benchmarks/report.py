@@ -14,7 +14,7 @@ def row_table(row: Row, samples: Samples) -> str:
     own = row.systems[0]
     for system in row.systems:
         for metric in row.metrics:
-            values = samples.values.get(row.number, {}).get((system, metric))
+            values = samples.of(row).get((system, metric))
             if not values:
                 continue
             ratio = None

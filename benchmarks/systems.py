@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,7 @@ POLL_SECONDS = 0.005
 START_SECONDS = 60.0
 STALLED_SECONDS = 60.0
 STOP_SECONDS = 30.0
+PROGRAM_SECONDS = 900.0
 
 CHUNK = 1_000
 
@@ -78,7 +79,8 @@ def _node(program: str) -> tuple[str, ...]:
 
 PGQUEUE_OPEN = "SELECT count(*) FROM pgqueue.jobs WHERE status IN ('pending', 'running')"
 PGQUEUE_KEPT = "SELECT count(*) FROM pgqueue.jobs WHERE status = 'completed'"
-PGQUEUE_WORKER = (PYTHON, "-m", "pgqueue", "worker", "pgqueue_app:pgq", "--quiet")
+PGQUEUE = (PYTHON, "-m", "pgqueue", "--quiet")
+PGQUEUE_WORKER = (*PGQUEUE, "worker", "pgqueue_app:pgq")
 
 SYSTEMS = {
     system.name: system
@@ -99,6 +101,35 @@ SYSTEMS = {
             environ={"BENCH_TASK": "noop_async"},
             kept_jobs=PGQUEUE_KEPT,
             note="`async def` task, `pgqueue worker`",
+            template="pgqueue",
+        ),
+        System(
+            "pgqueue-polling",
+            (PYTHON, str(PROGRAMS / "pgqueue_app.py")),
+            PGQUEUE_OPEN,
+            worker=(*PGQUEUE_WORKER, "--no-listen"),
+            kept_jobs=PGQUEUE_KEPT,
+            note="`pgqueue worker --no-listen`, polls every second",
+            template="pgqueue",
+        ),
+        System(
+            "pgqueue-transactional",
+            (PYTHON, str(PROGRAMS / "pgqueue_app.py")),
+            PGQUEUE_OPEN,
+            worker=(*PGQUEUE_WORKER, "--concurrency=8"),
+            environ={"BENCH_TASK": "write_order"},
+            share=0.1,
+            kept_jobs=PGQUEUE_KEPT,
+            note="transactional task that writes a row, `pgqueue worker --concurrency 8`",
+            template="pgqueue",
+        ),
+        System(
+            "limit-transactional",
+            (PYTHON, str(PROGRAMS / "limit_transactional.py")),
+            PGQUEUE_OPEN,
+            share=0.1,
+            kept_jobs=PGQUEUE_KEPT,
+            note="8 threads by hand: claim, insert, complete in one transaction",
             template="pgqueue",
         ),
         System(
@@ -165,8 +196,7 @@ SYSTEMS = {
     )
 }
 
-OWN = ("pgqueue", "limit", "limit-delete", "pgqueue-async")
-PEER_NAMES = tuple(name for name in SYSTEMS if name not in OWN)
+PEER_NAMES = ("graphile-worker", "pg-boss", "pgqueuer", "awa", "chancy", "procrastinate")
 
 
 @dataclass
@@ -214,9 +244,25 @@ class Bench:
 
     @contextmanager
     def database(self, system: System) -> Iterator[str]:
+        """A database with the system's tables, empty."""
         self.prepare(system)
         with self.cluster.database(system.database) as name:
             yield name
+
+    @contextmanager
+    def filled_database(self, system: System, name: str, statements: Sequence[str]) -> Iterator[str]:
+        """A database with the system's tables after these SQL statements, which are run once for each name."""
+        self.prepare(system)
+        template = f"{system.database}_{name}"
+        if template not in self._ready:
+            self.cluster.make_template(template, system.database)
+            with self.cluster.connect(template) as connection:
+                for statement in statements:
+                    connection.execute(statement)
+                connection.execute("VACUUM ANALYZE")
+            self._ready.add(template)
+        with self.cluster.database(template) as database:
+            yield database
 
     def url(self, system: System, database: str) -> str:
         if system.program[0] == PYTHON:
@@ -232,18 +278,41 @@ class Bench:
             **more,
         }
 
-    def run(self, system: System, database: str, verb: str, **options: Any) -> Any:
+    def run(
+        self, system: System, database: str, verb: str, environ: Mapping[str, str] | None = None, **options: Any
+    ) -> Any:
         """Run a verb of the system's program to its end; what it printed."""
-        return self._run(system.program, system, database, verb, options)
+        return self._run(system.program, system, database, verb, options, environ)
 
-    def run_program(self, program: str, system: System, database: str, verb: str, **options: Any) -> Any:
+    def run_program(
+        self,
+        program: str,
+        system: System,
+        database: str,
+        verb: str,
+        environ: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> Any:
         """Likewise another program of pgqueue's own environment."""
-        return self._run((PYTHON, str(PROGRAMS / program)), system, database, verb, options)
+        return self._run((PYTHON, str(PROGRAMS / program)), system, database, verb, options, environ)
 
-    def _run(self, program: Sequence[str], system: System, database: str, verb: str, options: dict[str, Any]) -> Any:
+    def _run(
+        self,
+        program: Sequence[str],
+        system: System,
+        database: str,
+        verb: str,
+        options: Mapping[str, Any],
+        environ: Mapping[str, str] | None = None,
+    ) -> Any:
         command = [*program, verb, self.url(system, database), json.dumps(options)]
         done = subprocess.run(
-            command, env=self.environ(system, database), cwd=PROGRAMS, capture_output=True, text=True, timeout=900
+            command,
+            env=self.environ(system, database, **(environ or {})),
+            cwd=PROGRAMS,
+            capture_output=True,
+            text=True,
+            timeout=PROGRAM_SECONDS,
         )
         if done.returncode != 0:
             raise Refused(f"{system.name} {verb} ended with exit code {done.returncode}:\n{tail(done.stderr)}")
@@ -256,12 +325,24 @@ class Bench:
 
     @contextmanager
     def workers(self, system: System, database: str, processes: int = 1) -> Iterator[Workers]:
+        """Worker processes of the system; stopped at the end."""
+        if system.worker is not None:
+            commands = [(*system.worker, f"--processes={processes}")]
+        else:
+            commands = [(*system.program, "work", self.url(system, database))] * processes
+        with self._running(commands, system, database) as workers:
+            yield workers
+
+    @contextmanager
+    def workers_of(self, application: str, system: System, database: str, *options: str) -> Iterator[Workers]:
+        """A worker of pgqueue for another of the applications in `programs/`."""
+        with self._running([(*PGQUEUE, "worker", application, *options)], system, database) as workers:
+            yield workers
+
+    @contextmanager
+    def _running(self, commands: Sequence[Sequence[str]], system: System, database: str) -> Iterator[Workers]:
         with tempfile.TemporaryDirectory(prefix="pgqueue-bench-") as folder, tempfile.TemporaryFile("w+") as log:
             environ = self.environ(system, database, BENCH_RECORDS=folder)
-            if system.worker is not None:
-                commands = [[*system.worker, f"--processes={processes}"]]
-            else:
-                commands = [[*system.program, "work", self.url(system, database)]] * processes
             running = [
                 subprocess.Popen(command, env=environ, cwd=PROGRAMS, stdout=log, stderr=log, process_group=0)
                 for command in commands
@@ -281,7 +362,7 @@ class Bench:
                 workers.wait_for_runs(jobs)
                 if not system.open_jobs_is_cheap:
                     server_after = self.cluster.cpu_seconds()
-                self._wait_until_finished(system, connection, workers)
+                self.wait_until_finished(system, connection, workers)
                 ended = (time.monotonic_ns() - EPOCH) / 1e9
                 if system.open_jobs_is_cheap:
                     server_after = self.cluster.cpu_seconds()
@@ -295,7 +376,18 @@ class Bench:
                     raise Refused(f"{system.name} shows {kept} finished jobs in its table instead of {jobs}")
         return Drained(ended - records.runs[0][0] / 1e6, records, server_after - server_before)
 
-    def _wait_until_finished(self, system: System, connection: Any, workers: Workers) -> None:
+    def drain_part(self, system: System, database: str, jobs: int) -> float:
+        """Let a worker do the first so many jobs of a longer backlog; jobs per second."""
+        self.cluster.settle(database)
+        with self.cluster.connect(database) as connection, self.workers(system, database) as workers:
+            workers.wait_for_runs(jobs)
+            records = workers.records()
+            kept = connection.execute(system.kept_jobs).fetchone()[0] if system.kept_jobs else len(records.runs)
+        if len(set(records.numbers)) < len(records.runs) or kept < len(records.runs):
+            raise Refused(f"{system.name} made {len(records.runs)} runs, and {kept} jobs are finished in its table")
+        return (jobs - 1) / (records.runs[jobs - 1][0] - records.runs[0][0]) * 1e6
+
+    def wait_until_finished(self, system: System, connection: Any, workers: Workers) -> None:
         deadline = time.monotonic() + STALLED_SECONDS
         while self.open_jobs(system, connection):
             workers.require_running()

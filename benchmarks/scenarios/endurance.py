@@ -1,0 +1,121 @@
+"""Whether the speed lasts while another session holds an old snapshot, which keeps dead rows from being removed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from benchmarks.rows import WINDOW_SECONDS, Claim, Metrics, Row, Scale, window
+from benchmarks.systems import CHUNK, PEER_NAMES, Bench, Records, Refused, System
+
+FIRST, LAST, LASTED = "first 10 s: jobs/s", "last 10 s: jobs/s", "last ÷ first"
+LATE, OTHERS = "longest wait of a job committed late, s", "longest wait of the others, s"
+
+#: So many jobs are kept waiting, so that neither the worker nor the producer runs dry or away.
+AHEAD = 20_000
+
+
+@contextmanager
+def pinned_snapshot(bench: Bench, database: str) -> Iterator[None]:
+    """Another session that reads, and stays in its transaction."""
+    with bench.cluster.connect(database) as connection:
+        connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+        connection.execute("SELECT count(*) FROM pg_class")
+        yield
+        connection.execute("ROLLBACK")
+
+
+def endure(bench: Bench, system: System, scale: Scale) -> Metrics:
+    """Enqueue and drain at the same time, as fast as goes."""
+    with (
+        bench.database(system) as database,
+        pinned_snapshot(bench, database),
+        bench.workers(system, database) as workers,
+    ):
+        environ = {"BENCH_RECORDS": str(workers.folder)}
+        options = {"seconds": scale.endurance_seconds, "ahead": AHEAD, "chunk": CHUNK}
+        jobs = bench.run(system, database, "feed", environ, **options)["jobs"]
+        workers.wait_for_runs(jobs)
+        records = workers.records()
+    records.require_exactly_once(jobs)
+    return by_window(records, scale)
+
+
+def by_window(records: Records, scale: Scale) -> Metrics:
+    count = int(scale.endurance_seconds // WINDOW_SECONDS)
+    rates = [0.0] * count
+    began = records.runs[0][0]
+    for at, _ in records.runs:
+        number = (at - began) // (WINDOW_SECONDS * 1_000_000)
+        if number < count:
+            rates[number] += 1 / WINDOW_SECONDS
+    if count < 2:
+        raise Refused(f"{scale.endurance_seconds} s are too short to compare their first and last {WINDOW_SECONDS}")
+    return {
+        FIRST: rates[0],
+        LAST: rates[-1],
+        LASTED: rates[-1] / rates[0],
+        **{window(number): rate for number, rate in enumerate(rates)},
+    }
+
+
+def endure_mixed(bench: Bench, system: System, scale: Scale) -> Metrics:
+    """The same with failing attempts, lost claims and transactions that commit late."""
+    with (
+        bench.database(system) as database,
+        bench.cluster.connect(database) as connection,
+        pinned_snapshot(bench, database),
+        bench.workers_of("mixed:pgq", system, database) as workers,
+    ):
+        environ = {"BENCH_RECORDS": str(workers.folder)}
+        options = {"seconds": scale.endurance_seconds, "ahead": AHEAD}
+        told = bench.run_program("mixed.py", system, database, "feed", environ, **options)
+        bench.wait_until_finished(system, connection, workers)
+        records = workers.records()
+        statuses = dict(connection.execute("SELECT status, count(*) FROM pgqueue.jobs GROUP BY 1").fetchall())
+        waited = connection.execute(
+            "SELECT extract(epoch FROM max(claimed_at - run_at)) FROM pgqueue.jobs"
+            " WHERE (payload->>'n')::bigint < %s AND attempt = retries + 1",
+            [told["late_from"]],
+        ).fetchone()[0]
+    if set(statuses) != {"completed"}:
+        raise Refused(f"not all jobs were completed: {json.dumps(statuses)}")
+    first_runs: dict[int, int] = {}
+    for at, number in records.runs:
+        first_runs.setdefault(number, at)
+    late = max((first_runs[number] - at) / 1e6 for number, at in told["late"])
+    return {**by_window(records, scale), LATE: late, OTHERS: float(waited)}
+
+
+ROWS = (
+    Row(
+        10,
+        "Enqueue and drain while another session holds an old snapshot",
+        (LASTED, FIRST, LAST),
+        ("pgqueue", "limit", *PEER_NAMES),
+        endure,
+        claims=(
+            Claim(("pgqueue", LASTED), at_least=0.9),
+            Claim(
+                ("pgqueue", LAST), tuple((peer, FIRST) for peer in PEER_NAMES if "graphile" not in peer), at_least=1.0
+            ),
+            Claim(("pgqueue", LAST), (("graphile-worker", FIRST),), at_least=0.9),
+        ),
+        repeat=1,
+        curve=True,
+    ),
+    Row(
+        11,
+        "The same with failing attempts, lost claims and late commits",
+        (LASTED, FIRST, LAST, LATE, OTHERS),
+        ("pgqueue",),
+        endure_mixed,
+        claims=(
+            Claim(("pgqueue", LASTED), at_least=0.8),
+            Claim(("pgqueue", LATE), at_most=30),
+            Claim(("pgqueue", OTHERS), at_most=30),
+        ),
+        repeat=1,
+    ),
+)
