@@ -18,6 +18,9 @@ from pgqueue.errors import ConfigurationError, DatabaseUnreachable, PgqueueError
 #: How long SQLite waits for another process's write to end.
 SQLITE_BUSY_SECONDS = 30.0
 
+#: The longest timeout that PostgreSQL knows.
+IDLE_MILLISECONDS_MAX = 2**31 - 1
+
 #: For libpq, where the URL does not say otherwise: a server that went away without a word is noticed in seconds.
 CONNECT_DEFAULTS: dict[str, Any] = {
     "application_name": "pgqueue",
@@ -163,6 +166,19 @@ def prepare_sqlite(engine: sa.Engine) -> None:
     @event.listens_for(engine, "begin")
     def begin(connection: sa.Connection) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def end_if_frozen(connection: sa.Connection, seconds: float) -> None:
+    """Have the server end the present transaction when nothing is heard of it for so long.
+
+    A process that freezes in between keeps its locks, and no lease lets go of a row that is locked.
+    """
+    if connection.dialect.name == POSTGRESQL:
+        milliseconds = str(min(int(seconds * 1000), IDLE_MILLISECONDS_MAX))
+        connection.execute(
+            sa.text("SELECT set_config('idle_in_transaction_session_timeout', :milliseconds, true)"),
+            {"milliseconds": milliseconds},
+        )
 
 
 def describe_url(url: sa.URL) -> str:

@@ -12,8 +12,9 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy import event
 
-from pgqueue.engine import describe_url, explain, is_disconnect, is_transient
+from pgqueue.engine import describe_url, end_if_frozen, explain, is_disconnect, is_transient
 
 logger = logging.getLogger(__name__)
 
@@ -60,14 +61,23 @@ class Outage:
 class DatabaseLoop(threading.Thread):
     """Calls `step` with a connection, then waits as many seconds as it returned, until stopped.
 
-    A step that fails is called again, on a new connection, after a growing wait.
+    A step that fails is called again, on a new connection, after a growing wait. Should this process freeze in a
+    transaction of a step, the server ends that after `frozen_after` seconds.
     """
 
-    def __init__(self, name: str, engine: sa.Engine, step: Callable[[sa.Connection], float], outage: Outage) -> None:
+    def __init__(
+        self,
+        name: str,
+        engine: sa.Engine,
+        step: Callable[[sa.Connection], float],
+        outage: Outage,
+        frozen_after: float,
+    ) -> None:
         super().__init__(name=f"pgqueue-{name}", daemon=True)
         self._engine = engine
         self._step = step
         self._outage = outage
+        self._frozen_after = frozen_after
         self._stop_requested = False
         self._reported = False  # the present failure, when it is none of the database's
         self._wake = threading.Event()
@@ -87,6 +97,7 @@ class DatabaseLoop(threading.Thread):
             try:
                 if connection is None:
                     connection = self._engine.connect()
+                    event.listen(connection, "begin", self._transaction_begins)
                 wait = self._step(connection)
             except LoopEnded:
                 break
@@ -109,6 +120,9 @@ class DatabaseLoop(threading.Thread):
                 self._wake.wait(wait)
             self._wake.clear()
         self._discard(connection)
+
+    def _transaction_begins(self, connection: sa.Connection) -> None:
+        end_if_frozen(connection, self._frozen_after)
 
     def _report(self, error: Exception) -> None:
         if is_transient(error):

@@ -36,7 +36,14 @@ from pgqueue import migration, store
 from pgqueue.client import PgQueue
 from pgqueue.config import WorkerConfig
 from pgqueue.dialect import POSTGRESQL
-from pgqueue.engine import describe_url, errors_explained, is_transient, make_async_engine, parse_url
+from pgqueue.engine import (
+    describe_url,
+    end_if_frozen,
+    errors_explained,
+    is_transient,
+    make_async_engine,
+    parse_url,
+)
 from pgqueue.errors import ConfigurationError, IllegalTransition
 from pgqueue.executor import CANCELLED_ITSELF, execute, execute_async, outcome_of
 from pgqueue.job import (
@@ -176,11 +183,11 @@ class Worker:
         )
         self._last_beat = time.monotonic()
         engine = self.pgq.engine
-        outage = Outage(self.pgq.url)
-        self._claimer = DatabaseLoop("claim", engine, self._claim_step, outage)
-        self._finisher = DatabaseLoop("finish", engine, self._finish_step, outage)
-        self._heartbeat = DatabaseLoop("heartbeat", engine, self._heartbeat_step, outage)
-        self._sweeper = DatabaseLoop("sweep", engine, self._sweep_step, outage)
+        outage, frozen_after = Outage(self.pgq.url), self.config.lease
+        self._claimer = DatabaseLoop("claim", engine, self._claim_step, outage, frozen_after)
+        self._finisher = DatabaseLoop("finish", engine, self._finish_step, outage, frozen_after)
+        self._heartbeat = DatabaseLoop("heartbeat", engine, self._heartbeat_step, outage, frozen_after)
+        self._sweeper = DatabaseLoop("sweep", engine, self._sweep_step, outage, frozen_after)
         self._listener: WakeListener | None = None
         if self.config.listen and engine.dialect.name == POSTGRESQL:
             self._listener = WakeListener(engine, self.pgq.schema, self._woken)
@@ -558,14 +565,7 @@ class Worker:
         self, connection: sa.Connection, definition: TaskDefinition, job: ClaimedJob, outcome: Completed
     ) -> bool:
         """Complete the job in the task's own transaction; False when its claim was lost."""
-        if connection.dialect.name == POSTGRESQL:
-            # From here to the commit the job's row is locked. Should this process freeze in between, the server
-            # ends the transaction, so that the job can be swept.
-            milliseconds = str(int(self.config.lease * 1000))
-            connection.execute(
-                sa.text("SELECT set_config('idle_in_transaction_session_timeout', :timeout, true)"),
-                {"timeout": milliseconds},
-            )
+        end_if_frozen(connection, self.config.lease)  # from here to the commit the job's row is locked
         transition = decide(job, outcome, definition.retry, random=0.0)
         return bool(store.finish(connection, self.pgq.tables, [transition], actor=self.id))
 

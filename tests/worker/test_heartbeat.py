@@ -17,8 +17,9 @@ import sqlalchemy as sa
 from support import scalar, wait_for
 from working import Gate, enqueue, enqueue_many, events, seize, statuses, table, wait_for_status, working
 
-from pgqueue import PgQueue, Retry, Task, Worker, WorkerConfig, current_job, store
+from pgqueue import PgQueue, Retry, Task, Worker, WorkerConfig, current_job, loop, store
 from pgqueue.dialect import now
+from pgqueue.engine import end_if_frozen
 
 #: Many heartbeats and a lease that no busy machine lets lapse.
 ALIVE: dict[str, Any] = {"lease": 20.0, "heartbeat_interval": 0.05}
@@ -158,20 +159,27 @@ def test_a_process_that_stood_still_longer_than_the_lease_does_not_sweep_its_own
 def test_a_sweep_that_was_under_way_when_its_process_froze_is_taken_back(
     pgq: PgQueue, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Frozen between its decision to sweep and the statement: only once the lease is over does that get through."""
+    """Frozen between its decision to sweep and the transaction: only once the lease is over does that begin."""
     sweep = store.sweep
     job_id = enqueue(held_up(pgq, gate, "def"))
-    swept = []
+    frozen: list[bool] = []
+    swept: list[store.SweepResult] = []
 
-    def sweep_late(connection: sa.Connection, *arguments: Any, **settings: Any) -> store.SweepResult:
-        if swept or not gate.inside:
-            return sweep(connection, *arguments, **settings)
-        over = time.monotonic() + SHORT_LEASE + 0.05
-        wait_for(lambda: time.monotonic() > over, "the lease to end")
-        swept.append(sweep(connection, *arguments, **settings))
-        return swept[0]
+    def begin_late(*arguments: Any) -> None:
+        if threading.current_thread().name == "pgqueue-sweep" and gate.inside and not frozen:
+            over = time.monotonic() + SHORT_LEASE + 0.05
+            wait_for(lambda: time.monotonic() > over, "the lease to end")
+            frozen.append(True)
+        end_if_frozen(*arguments)
 
-    monkeypatch.setattr(store, "sweep", sweep_late)
+    def note(*arguments: Any, **settings: Any) -> store.SweepResult:
+        result = sweep(*arguments, **settings)
+        if frozen:
+            swept.append(result)
+        return result
+
+    monkeypatch.setattr(loop, "end_if_frozen", begin_late)  # the first statement of a transaction
+    monkeypatch.setattr(store, "sweep", note)
     with silent_worker(pgq, monkeypatch) as worker:
         wait_for(lambda: swept, "the sweep")
         gate.open()

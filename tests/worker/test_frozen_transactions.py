@@ -1,0 +1,80 @@
+"""A process may freeze between a statement and its commit. The rows it has locked then are skipped by everybody else,
+whatever their lease says, so the server has to end the transaction."""
+
+from __future__ import annotations
+
+import queue
+import threading
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import event
+from support import PATIENCE_SECONDS, scalar, wait_for
+from working import enqueue, wait_for_status, working
+
+from pgqueue import PgQueue, Retry
+from pgqueue.engine import make_engine
+
+
+class Freeze:
+    """Holds up the first commit of a thread, as long as the block lasts or until it is ended."""
+
+    def __init__(self, engine: sa.Engine, thread: str) -> None:
+        self._thread = thread
+        self._pids: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._ended = threading.Event()
+        self._began = False
+        event.listen(engine, "commit", self._commits)
+
+    def __enter__(self) -> Freeze:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def pid(self) -> int:
+        """The server's process of the frozen transaction, once there is one."""
+        return self._pids.get(timeout=PATIENCE_SECONDS)
+
+    def end(self) -> None:
+        self._ended.set()
+
+    def _commits(self, connection: sa.Connection) -> None:
+        if threading.current_thread().name == self._thread and not self._began:
+            self._began = True
+            self._pids.put(connection.connection.driver_connection.info.backend_pid)  # type: ignore[union-attr]
+            self._ended.wait(2 * PATIENCE_SECONDS)
+
+
+@pytest.mark.parametrize("duty", ["claim", "finish", "heartbeat", "sweep"])
+def test_rows_locked_by_a_worker_that_freezes_are_free_again_after_its_lease(
+    pg: PgQueue, pg_url: str, duty: str
+) -> None:
+    @pg.task
+    def work() -> None:
+        pass
+
+    bystander = make_engine(pg_url)
+    state = "SELECT state FROM pg_stat_activity WHERE pid = :pid"
+    job_id = enqueue(work)
+    with Freeze(pg.engine, f"pgqueue-{duty}") as freeze, working(pg, lease=0.6):
+        pid = freeze.pid()
+        assert scalar(bystander, state, pid=pid) == "idle in transaction"
+        wait_for(lambda: scalar(bystander, state, pid=pid) is None, "the server to end the frozen transaction")
+        freeze.end()
+        wait_for_status(pg, job_id, "completed")
+
+    bystander.dispose()
+
+
+@pytest.mark.parametrize("lease", [0.5, 3_000_000.0])
+def test_a_transactional_task_works_with_the_shortest_and_with_a_very_long_lease(pg: PgQueue, lease: float) -> None:
+    @pg.task(transactional=True, retry=Retry(max_retries=0))
+    def work(session: object) -> None:
+        pass
+
+    job_id = enqueue(work)
+    with working(pg, lease=lease):
+        wait_for(lambda: pg.get_job(job_id).finished_at, "the job to end")
+
+    assert pg.get_job(job_id).status == "completed"
