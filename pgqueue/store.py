@@ -5,7 +5,8 @@ retries. Statements are built once per set of tables and parameters only vary.
 
 Locks: the statements that touch many jobs (claim, extend, sweep, prune) skip rows that somebody else has locked
 and so never wait. Only `finish` waits, and a claim token makes its rows belong to one worker. Therefore no two of
-these statements can wait for each other.
+these statements can wait for each other, unless the same claims are finished twice at once: then PostgreSQL may end
+one of the two as a deadlock, where the planner does not go by primary key. Both may be tried again.
 """
 
 from __future__ import annotations
