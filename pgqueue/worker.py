@@ -654,10 +654,12 @@ class Worker:
                 len(batch),
                 type(error).__name__,
             )
-        return {job_id for transition in batch for job_id in self._write_singly(connection, transition)}
+        return {job_id for index in range(len(batch)) for job_id in self._write_singly(connection, batch, index)}
 
-    def _write_singly(self, connection: sa.Connection, transition: Transition) -> set[int]:
-        """Write one end; when the database refuses what it carries, a plain one that it cannot refuse."""
+    def _write_singly(self, connection: sa.Connection, batch: list[Transition], index: int) -> set[int]:
+        """Write one end; when the database refuses what it carries, put a plain one that it cannot refuse in its
+        place, and write that."""
+        transition = batch[index]
         try:
             with connection.begin():
                 return store.finish(connection, self.pgq.tables, [transition], actor=self.id)
@@ -668,7 +670,7 @@ class Worker:
             refused = ErrorInfo(
                 "Refused", f"the database refused to store how the attempt ended: {type(error).__name__}"
             )
-        plain = Transition(
+        batch[index] = plain = Transition(
             transition.job_id,
             transition.claim_token,
             transition.attempt,
