@@ -9,10 +9,10 @@ PYTEST_WORKERS ?= auto
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types layers check bench clean
+.PHONY: help demo test test-oldest lint types layers check bench bench-peers clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -37,6 +37,11 @@ demo: $(VENV)/.pgqueue ## run the main job on SQLite: index the standard library
 test: $(VENV)/.pgqueue-test ## run the tests, on a real PostgreSQL and on SQLite; e.g. make test ARGS='--pg all'
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --maxprocesses 4 $(ARGS)
 
+test-oldest: ## run the tests of the database layer with the oldest libraries that are allowed, in an environment of their own
+	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -c tests/oldest.txt
+	.venv-oldest/bin/python -m pytest -n $(PYTEST_WORKERS) --maxprocesses 4 $(or $(ARGS),tests/enqueue tests/migrations tests/store)
+
 lint: $(VENV)/.pgqueue-lint ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,8 +54,13 @@ layers: $(VENV)/.pgqueue-lint ## check that imports point downwards only
 
 check: lint types layers test ## all of the above
 
-bench: $(VENV)/.pgqueue-test ## measure; e.g. make bench ARGS='drain --repeat 3'
-	$(BIN)/python benchmarks/run.py $(ARGS)
+bench: $(VENV)/.pgqueue-test ## measure pgqueue on a PostgreSQL of its own; e.g. make bench ARGS='--only 1,4'
+	$(BIN)/python -m benchmarks --quick $(ARGS)
+
+bench-peers: $(VENV)/.pgqueue-test ## install the peers under benchmarks/.peers and measure all of them: hours
+	$(PIP) matplotlib
+	$(BIN)/python -m benchmarks.install
+	$(BIN)/python -m benchmarks --peers $(ARGS)
 
 clean: ## remove what was made here
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-oldest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
