@@ -189,12 +189,7 @@ def test_a_part_of_the_worker_whose_connection_was_ended_goes_on_with_another(
     def work() -> None: ...
 
     other = pg.external_task("other", queue="other")
-    pids: dict[str, int] = {}
-
-    def note(dbapi_connection: Any, record: Any, fairy: Any) -> None:
-        pids[threading.current_thread().name.removeprefix("pgqueue-")] = dbapi_connection.info.backend_pid
-
-    event.listen(pg.engine, "checkout", note)
+    pids = note_connections(pg)
     with working(pg, heartbeat_interval=0.1, sweep_interval=0.1) as worker:
         wait_for_status(pg, enqueue(work), "completed")
         broken = wait_for(lambda: pids.get(part), f"the connection of {part}")
@@ -221,27 +216,36 @@ def test_a_part_of_the_worker_whose_connection_was_ended_goes_on_with_another(
 def test_connections_that_the_server_ends_for_being_idle_are_no_outage(
     pg: PgQueue, pg_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    execute(pg.engine, f"ALTER DATABASE {sa.make_url(pg_url).database} SET idle_session_timeout = '30ms'")
-    pg.engine.dispose()
+    options = sa.make_url(pg_url).update_query_dict({"options": "-c idle_session_timeout=200ms"})
+    impatient = PgQueue(options)
 
-    @pg.task
+    @impatient.task
     def work() -> None: ...
 
-    with working(pg, poll_interval=0.2) as worker:
-        for _ in range(5):
+    pids = note_connections(impatient)
+    with working(impatient, poll_interval=0.5) as worker:
+        for _ in range(3):
             wait_for_status(pg, enqueue(work), "completed")
-            wait_for(lambda: connections(pg) == 0, "all connections to be ended")
+            wait_for(lambda: not is_connected(pg, pids["finish"]), "the idle connection to be ended")
+    impatient.dispose()
 
-    assert (worker.report.completed, worker.report.lost) == (5, 0)
+    assert (worker.report.completed, worker.report.lost) == (3, 0)
     assert logged(caplog, GONE) == 0
 
 
-def connections(pg: PgQueue) -> int:
-    count: int = scalar(
-        pg.engine,
-        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()",
-    )
-    return count
+def note_connections(pg: PgQueue) -> dict[str, int]:
+    """The server process behind the present connection of each part of the workers."""
+    pids: dict[str, int] = {}
+
+    def note(dbapi_connection: Any, record: Any, fairy: Any) -> None:
+        pids[threading.current_thread().name.removeprefix("pgqueue-")] = dbapi_connection.info.backend_pid
+
+    event.listen(pg.engine, "checkout", note)
+    return pids
+
+
+def is_connected(pg: PgQueue, pid: int) -> bool:
+    return bool(scalar(pg.engine, "SELECT count(*) FROM pg_stat_activity WHERE pid = :pid", pid=pid))
 
 
 # SQLite ----------------------------------------------------------------------------------------------------
