@@ -52,7 +52,7 @@ def main() -> None:
     finally:
         cluster.stop()
     text = render(rows, samples, about, options)
-    print(text)
+    print(text, end="")
     save(options.output, text, about, samples, options)
     if not plot.draw(rows, samples, options.output / "plot.svg"):
         print("no picture: nothing to compare, or matplotlib is not installed", file=sys.stderr)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from documents import PROJECT, Reader, blocks
-from support import rows, scalar
+from support import rows
 
 from pgqueue import JobStatus, PgQueue
 
@@ -71,22 +68,3 @@ def test_many_orders_of_a_product_make_one_pending_count(reader: Reader, pgq: Pg
 
     assert len(pgq.list_jobs(task="count_sales")) == 1
     assert rows(pgq.engine, "SELECT available, sold FROM product WHERE name = 'cup'") == [(9, 3)]
-
-
-def test_the_benchmarks_run_and_leave_nothing_behind(pg: PgQueue, tmp_path: Path) -> None:
-    samples = tmp_path / "samples.json"
-    sizes = ["--jobs", "300", "--transactions", "3", "--short-backlog", "20", "--long-backlog", "40", "--repeat", "2"]
-    database = ["--database-url", pg.url.render_as_string(hide_password=False)]
-
-    done = subprocess.run(
-        [sys.executable, str(PROJECT / "benchmarks" / "run.py"), *sizes, "--json", str(samples), *database],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-    assert done.returncode == 0, done.stderr
-    assert "| drain jobs/s |" in done.stdout
-    assert len(json.loads(samples.read_text())["drain jobs/s"]) == 2
-    assert scalar(pg.engine, "SELECT count(*) FROM pg_namespace WHERE nspname = 'pgqueue_bench'") == 0
-    assert scalar(pg.engine, "SELECT count(*) FROM pgqueue.jobs") == 0

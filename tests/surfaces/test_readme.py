@@ -31,7 +31,7 @@ NOT_RUN = {
     "make help": "make is not needed to run the tests",
     "make check": "it would run this test",
     "make test ARGS='--pg all'": "it would run this test",
-    "make bench": "it takes minutes; test_examples.py runs the benchmarks on a few jobs",
+    "make bench": "it takes minutes; test_benchmarks.py runs them on a few jobs",
     "pip install '.[binary]'": "the tests run on what is installed",
     "export PGQUEUE_DATABASE_URL=postgresql://ada:secret@localhost/shop": "each test has a database of its own",
 }
