@@ -60,7 +60,8 @@ def judge(row: Row, claim: Claim, samples: Samples) -> tuple[float, str] | None:
         return None
     best = (min if row.lower_is_better else max)(measured)[1]
     ratio = samples.ratio(row, claim.figure, best)
-    assert ratio is not None
+    if ratio is None:
+        return None
     return ratio, f"{_name(row, claim.figure)} ÷ {_name(row, best)}"
 
 

@@ -113,7 +113,7 @@ class Samples:
         """The median of the ratios within each repetition, so that both have met the same mood of the machine."""
         of_row = self.of(row)
         ours, theirs = of_row.get(figure), of_row.get(other)
-        if not ours or not theirs:
+        if not ours or not theirs or 0 in theirs:  # CPU time is counted in ticks, of which little work takes none
             return None
         if len(ours) == len(theirs):
             return statistics.median(one / two for one, two in zip(ours, theirs, strict=True))
