@@ -21,9 +21,11 @@ SQLITE_BUSY_SECONDS = 30.0
 #: The longest timeout that PostgreSQL knows.
 IDLE_MILLISECONDS_MAX = 2**31 - 1
 
-#: For libpq, where the URL does not say otherwise: a server that went away without a word is noticed in seconds.
+#: For libpq, where the URL does not say otherwise: a server that went away without a word is noticed in
+#: seconds, and any text can be read.
 CONNECT_DEFAULTS: dict[str, Any] = {
     "application_name": "pgqueue",
+    "client_encoding": "utf8",
     "connect_timeout": 10,
     "keepalives_idle": 10,
     "keepalives_interval": 5,
@@ -66,7 +68,7 @@ def make_engine(url: str | sa.URL) -> sa.Engine:
     if parsed.get_backend_name() == SQLITE:
         return _make_sqlite_engine(parsed)
     _require_libpq()
-    return sa.create_engine(
+    engine = sa.create_engine(
         parsed,
         connect_args=_connect_arguments(parsed),
         hide_parameters=True,
@@ -74,6 +76,8 @@ def make_engine(url: str | sa.URL) -> sa.Engine:
         pool_size=0,  # no limit: each thread holds one connection at most
         pool_pre_ping=True,
     )
+    _read_moments(engine)
+    return engine
 
 
 def make_async_engine(url: sa.URL, *, pool_size: int = 5) -> AsyncEngine:
@@ -94,7 +98,7 @@ def make_async_engine(url: sa.URL, *, pool_size: int = 5) -> AsyncEngine:
         prepare_sqlite(engine.sync_engine)
         return engine
     _require_libpq()
-    return create_async_engine(
+    engine = create_async_engine(
         url,
         connect_args=_connect_arguments(url),
         hide_parameters=True,
@@ -102,6 +106,21 @@ def make_async_engine(url: sa.URL, *, pool_size: int = 5) -> AsyncEngine:
         pool_size=pool_size,
         pool_pre_ping=True,
     )
+    _read_moments(engine.sync_engine)
+    return engine
+
+
+def _read_moments(engine: sa.Engine) -> None:
+    """Have moments come in the one style that psycopg can read, where the database or user is set to another."""
+
+    @event.listens_for(engine, "connect")
+    def connect(dbapi_connection: Any, _: Any) -> None:
+        driver_connection = getattr(dbapi_connection, "driver_connection", dbapi_connection)
+        if not driver_connection.info.parameter_status("DateStyle").startswith("ISO"):
+            cursor = dbapi_connection.cursor()
+            cursor.execute("SET datestyle TO ISO")
+            cursor.close()
+            dbapi_connection.commit()
 
 
 def _connect_arguments(url: sa.URL) -> dict[str, Any]:
