@@ -157,14 +157,23 @@ def _(element: json_of, compiler: SQLCompiler, **kw: Any) -> str:
     return compiler.process(element.clauses, **kw)
 
 
-class id_in(FunctionElement[bool]):
+class _condition(FunctionElement[bool]):
+    """Something that is true or false."""
+
+    type = sa.Boolean()
+
+    def self_group(self, against: Any = None) -> Any:
+        """As it is: for SQLite, which has no booleans, `= 1` would be put behind it, and no index be used."""
+        return self
+
+
+class id_in(_condition):
     """`id_in(column, select.scalar_subquery())`: the column is one of the selected ids.
 
     On PostgreSQL `= ANY(ARRAY(SELECT …))`: the subquery runs exactly once and the update goes by primary key.
     With `IN (SELECT … LIMIT n)` the planner may run the subquery again for each row and take more than n.
     """
 
-    type = sa.Boolean()
     inherit_cache = True
 
 
@@ -180,10 +189,9 @@ def _(element: id_in, compiler: SQLCompiler, **kw: Any) -> str:
     return f"{compiler.process(column, **kw)} IN {compiler.process(subquery, **kw)}"
 
 
-class text_in(FunctionElement[bool]):
+class text_in(_condition):
     """`text_in(column, bindparam(…, type_=TextArray()))`: the column is one of a list of strings."""
 
-    type = sa.Boolean()
     inherit_cache = True
 
 

@@ -1,0 +1,15 @@
+UPDATE pgqueue.jobs
+SET status=CASE WHEN (pgqueue.jobs.retries >= pgqueue.jobs.max_retries) THEN 'dead' ELSE 'pending' END,
+    claim_token=NULL, claim_expires_at=NULL, retries=(pgqueue.jobs.retries + CASE WHEN (pgqueue.jobs.retries >=
+    pgqueue.jobs.max_retries) THEN 0 ELSE 1 END), error=CAST(%(param_1)s::VARCHAR AS jsonb), finished_at=CASE WHEN
+    (pgqueue.jobs.retries >= pgqueue.jobs.max_retries) THEN now() END
+WHERE pgqueue.jobs.id = ANY (ARRAY(
+        SELECT pgqueue.jobs.id
+        FROM pgqueue.jobs
+        WHERE pgqueue.jobs.status = 'running'
+        AND pgqueue.jobs.claim_expires_at < now()
+        ORDER BY pgqueue.jobs.claim_expires_at
+        LIMIT %(limit)s::INTEGER
+        FOR UPDATE SKIP LOCKED))
+RETURNING pgqueue.jobs.id, pgqueue.jobs.queue, pgqueue.jobs.task, pgqueue.jobs.attempt, pgqueue.jobs.status,
+    pgqueue.jobs.claimed_by;

@@ -1,0 +1,13 @@
+UPDATE pgqueue_jobs
+SET status=CASE WHEN (pgqueue_jobs.retries >= pgqueue_jobs.max_retries) THEN 'dead' ELSE 'pending' END,
+    claim_token=NULL, claim_expires_at=NULL, retries=(pgqueue_jobs.retries + CASE WHEN (pgqueue_jobs.retries >=
+    pgqueue_jobs.max_retries) THEN 0 ELSE 1 END), error=?, finished_at=CASE WHEN (pgqueue_jobs.retries >=
+    pgqueue_jobs.max_retries) THEN strftime('%Y-%m-%d %H:%M:%f', 'now') END
+WHERE pgqueue_jobs.id IN (
+    SELECT pgqueue_jobs.id
+    FROM pgqueue_jobs
+    WHERE pgqueue_jobs.status = 'running'
+    AND pgqueue_jobs.claim_expires_at < strftime('%Y-%m-%d %H:%M:%f', 'now')
+    ORDER BY pgqueue_jobs.claim_expires_at
+    LIMIT ? OFFSET ?)
+RETURNING id, queue, task, attempt, status, claimed_by;
