@@ -48,7 +48,11 @@ def main() -> None:
         wanted = {name for name in SYSTEMS if name not in PEER_NAMES} | set(versions)
         if options.systems:
             wanted &= set(options.systems)
-        measure(Bench(cluster), rows, wanted, options, samples, console)
+        bench = Bench(cluster)
+        try:
+            measure(bench, rows, wanted, options, samples, console)
+        finally:
+            bench.close()
     finally:
         cluster.stop()
     text = render(rows, samples, about, options)

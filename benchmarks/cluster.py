@@ -71,16 +71,7 @@ class Cluster(pgserver.Server):
 
     def cpu_seconds(self) -> float:
         """Of the server with all its processes, those that have ended included."""
-        postmaster = self.child_process.pid
-        own = _stat(postmaster)
-        ticks = sum(own[11:15])  # utime, stime, and those of the children waited for
-        children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split()
-        for child in children:
-            try:
-                ticks += sum(_stat(int(child))[11:13])
-            except OSError:  # it ended just now
-                continue
-        return ticks / TICKS
+        return cpu_seconds_of(self.child_process.pid)
 
     def statements_logged(self) -> int:
         """How many statements were written to the server's log, by databases with log_statement = all."""
@@ -96,11 +87,18 @@ class Cluster(pgserver.Server):
         return f"PostgreSQL {row[0]} ({', '.join(settings)}), files on {file_system(self.data_folder)}"
 
 
-def _stat(pid: int) -> list[int]:
-    """The numbers of /proc/PID/stat, from the fourth field on."""
-    text = Path(f"/proc/{pid}/stat").read_text()
-    fields = text.rpartition(")")[2].split()
-    return [0, *(int(field) for field in fields[1:])]
+def cpu_seconds_of(pid: int) -> float:
+    """Of a process, its children, theirs, and of all of these that have ended and were waited for."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        children = [
+            int(child)
+            for task in os.listdir(f"/proc/{pid}/task")
+            for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split()
+        ]
+    except OSError:  # it ended just now
+        return 0.0
+    return sum(map(int, fields[11:15])) / TICKS + sum(map(cpu_seconds_of, children))
 
 
 def file_system(folder: Path) -> str:

@@ -21,7 +21,7 @@ PACKAGES = {
     "procrastinate": ("procrastinate==3.10.0", "psycopg[binary,pool]==3.3.9"),
     "chancy": ("chancy==0.26.0", "psycopg[binary,pool]==3.3.9"),
     "awa": ("awa-pg==0.6.9",),
-    "rabbitmq": ("pika==1.3.2",),
+    "rabbitmq": ("pika==1.4.4",),
 }
 #: Both want a newer Node than many systems have; the package `node` brings one.
 NODE_VERSION = "22.23.3"

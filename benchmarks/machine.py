@@ -10,6 +10,7 @@ import platform
 import subprocess
 from pathlib import Path
 
+from benchmarks import broker
 from benchmarks.systems import NODE, PEERS
 
 PACKAGES = {
@@ -17,6 +18,7 @@ PACKAGES = {
     "procrastinate": "procrastinate",
     "chancy": "chancy",
     "awa": "awa-pg",
+    "rabbitmq": "pika",
 }
 MODULES = {"graphile-worker": "graphile-worker", "pg-boss": "pg-boss"}
 
@@ -59,6 +61,8 @@ def memory() -> str:
 
 def peer_version(system: str) -> str | None:
     """The version that is installed for a peer; None when none is."""
+    if system == "rabbitmq" and not broker.is_installed():
+        return None
     if system in PACKAGES:
         python = PEERS / system / "bin" / "python"
         code = f"import importlib.metadata as m; print(m.version({PACKAGES[system]!r}))"

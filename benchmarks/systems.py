@@ -7,6 +7,7 @@ and how its samples are taken: always by the same clock, and by counting what it
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.broker import Broker
 from benchmarks.cluster import Cluster
 
 PROGRAMS = Path(__file__).resolve().parent / "programs"
@@ -48,7 +50,7 @@ class System:
 
     name: str
     program: tuple[str, ...]  #: how its program is started, without the verb
-    open_jobs: str  #: SQL: how many jobs are not finished
+    open_jobs: str  #: SQL: how many jobs are not finished; empty for a broker, which has no SQL
     #: Whether that is asked to find the end of a drain. Where asking takes long, the end is when the last job ran,
     #: and it is asked afterwards.
     open_jobs_is_cheap: bool = True
@@ -59,6 +61,7 @@ class System:
     kept_jobs: str | None = None  #: SQL: how many finished jobs are in the table
     note: str = ""
     template: str = ""  #: name of another system whose tables it works on
+    in_broker: bool = False  #: its jobs are in RabbitMQ, not in PostgreSQL
 
     @property
     def database(self) -> str:
@@ -193,10 +196,22 @@ SYSTEMS = {
             share=0.4,
             note="Rust engine, Python handlers, 256 workers",
         ),
+        System(
+            "rabbitmq",
+            _peer("rabbitmq", "rabbitmq_program.py"),
+            "",
+            open_jobs_is_cheap=False,
+            keeps_history=False,
+            in_broker=True,
+            share=0.2,
+            note="pika; durable queue, persistent messages, confirms, prefetch 250",
+        ),
     )
 }
 
-PEER_NAMES = ("graphile-worker", "pg-boss", "pgqueuer", "awa", "chancy", "procrastinate")
+PEER_NAMES = ("graphile-worker", "pg-boss", "pgqueuer", "awa", "chancy", "procrastinate", "rabbitmq")
+#: The peers that keep their jobs in PostgreSQL.
+POSTGRESQL_PEERS = tuple(name for name in PEER_NAMES if not SYSTEMS[name].in_broker)
 
 
 @dataclass
@@ -233,6 +248,21 @@ class Bench:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
         self._ready: set[str] = set()
+        self._broker: Broker | None = None
+        self._queues = itertools.count(1)
+
+    @property
+    def broker(self) -> Broker:
+        if self._broker is None:
+            try:
+                self._broker = Broker()
+            except (OSError, RuntimeError) as error:
+                raise Refused(str(error)) from None
+        return self._broker
+
+    def close(self) -> None:
+        if self._broker is not None:
+            self._broker.stop()
 
     def prepare(self, system: System) -> None:
         """Make the tables of a system once, as a template for all its samples."""
@@ -244,7 +274,12 @@ class Bench:
 
     @contextmanager
     def database(self, system: System) -> Iterator[str]:
-        """A database with the system's tables, empty."""
+        """A database with the system's tables, empty; the name of a fresh queue for a broker."""
+        if system.in_broker:
+            name = f"bench_{next(self._queues)}"
+            self.run(system, name, "setup")
+            yield name
+            return
         self.prepare(system)
         with self.cluster.database(system.database) as name:
             yield name
@@ -265,6 +300,8 @@ class Bench:
             yield database
 
     def url(self, system: System, database: str) -> str:
+        if system.in_broker:
+            return self.broker.url(database)
         if system.program[0] == PYTHON:
             return self.cluster.url(database=database)
         return self.cluster.plain_url(database)
@@ -355,17 +392,20 @@ class Bench:
 
     def drain(self, system: System, database: str, jobs: int, processes: int = 1) -> Drained:
         """Let workers do all jobs of a backlog, numbered from 0, and check that each ran exactly once."""
-        self.cluster.settle(database)
-        with self.cluster.connect(database) as connection:
-            server_before = self.cluster.cpu_seconds()
+        server = self.broker if system.in_broker else self.cluster
+        if not system.in_broker:
+            self.cluster.settle(database)
+        # A broker's queue is asked by nobody: its end is when the last job ran.
+        with self.cluster.connect("postgres" if system.in_broker else database) as connection:
+            server_before = server.cpu_seconds()
             with self.workers(system, database, processes) as workers:
                 workers.wait_for_runs(jobs)
                 if not system.open_jobs_is_cheap:
-                    server_after = self.cluster.cpu_seconds()
+                    server_after = server.cpu_seconds()
                 self.wait_until_finished(system, connection, workers)
                 ended = (time.monotonic_ns() - EPOCH) / 1e9
                 if system.open_jobs_is_cheap:
-                    server_after = self.cluster.cpu_seconds()
+                    server_after = server.cpu_seconds()
                 records = workers.records()
             records.require_exactly_once(jobs)
             if not system.open_jobs_is_cheap:
@@ -396,6 +436,8 @@ class Bench:
             time.sleep(POLL_SECONDS)
 
     def open_jobs(self, system: System, connection: Any) -> int:
+        if system.in_broker:
+            return 0
         return int(connection.execute(system.open_jobs).fetchone()[0])
 
 

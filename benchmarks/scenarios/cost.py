@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cluster import TICKS
+from benchmarks.cluster import cpu_seconds_of
 from benchmarks.rows import Claim, Metrics, Row, Scale
 from benchmarks.scenarios.drain import PENDING
 from benchmarks.systems import Bench, Refused, System, Workers
@@ -108,19 +106,7 @@ def _wait_for_heartbeats(bench: Bench, database: str) -> None:
 
 def _cpu_seconds(workers: Workers) -> float:
     """Of the worker processes and their supervisor."""
-    ticks = 0
-    for process in workers.processes:
-        for pid in _family(process.pid):
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])
-    return ticks / TICKS
-
-
-def _family(pid: int) -> Iterator[int]:
-    yield pid
-    for task in os.listdir(f"/proc/{pid}/task"):
-        for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split():
-            yield from _family(int(child))
+    return sum(cpu_seconds_of(process.pid) for process in workers.processes)
 
 
 ROWS = (

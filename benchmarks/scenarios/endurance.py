@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from benchmarks.rows import WINDOW_SECONDS, Claim, Metrics, Row, Scale, window
-from benchmarks.systems import CHUNK, PEER_NAMES, Bench, Records, Refused, System
+from benchmarks.systems import CHUNK, POSTGRESQL_PEERS, Bench, Records, Refused, System
 
 FIRST, LAST, LASTED = "first 10 s: jobs/s", "last 10 s: jobs/s", "last ÷ first"
 LATE, OTHERS = "longest wait of a job committed late, s", "longest wait of the others, s"
@@ -93,12 +93,14 @@ ROWS = (
         10,
         "Enqueue and drain while another session holds an old snapshot",
         (LASTED, FIRST, LAST),
-        ("pgqueue", "limit", *PEER_NAMES),
+        ("pgqueue", "limit", *POSTGRESQL_PEERS),
         endure,
         claims=(
             Claim(("pgqueue", LASTED), at_least=0.9),
             Claim(
-                ("pgqueue", LAST), tuple((peer, FIRST) for peer in PEER_NAMES if "graphile" not in peer), at_least=1.0
+                ("pgqueue", LAST),
+                tuple((peer, FIRST) for peer in POSTGRESQL_PEERS if "graphile" not in peer),
+                at_least=1.0,
             ),
             Claim(("pgqueue", LAST), (("graphile-worker", FIRST),), at_least=0.9),
         ),
