@@ -14,7 +14,7 @@ from alembic import context
 
 from pgqueue.config import LOCAL_URL, url_from_environment
 from pgqueue.engine import make_engine, parse_url
-from pgqueue.migration import LOCK_TIMEOUT_SECONDS, configure_options, exclusive, quiet_about_expressions
+from pgqueue.migration import LOCK_TIMEOUT_SECONDS, configure_options, exclusive, list_schema, quiet_about_expressions
 from pgqueue.schema import tables_for
 
 
@@ -32,6 +32,8 @@ def run(database: str, **options: Any) -> None:
     with quiet_about_expressions(), context.begin_transaction():
         if database == "postgresql":
             _create_schema()
+            if not context.is_offline_mode():
+                list_schema(context.get_bind(), schema())
         context.run_migrations()
 
 

@@ -141,6 +141,7 @@ def differences(connection: sa.Connection, schema: str) -> list[Any]:
     """What Alembic would change to make the tables what this code expects; empty when they are."""
     name = connection.dialect.name
     context = MigrationContext.configure(connection, opts=configure_options(name, schema))
+    list_schema(connection, schema)
     with quiet_about_expressions():
         found = list(alembic.autogenerate.compare_metadata(context, tables_for(name, schema).metadata))
     if name == SQLITE:
@@ -206,6 +207,21 @@ def configure_options(dialect_name: str, schema: str) -> dict[str, Any]:
         "compare_server_default": False,  # the database writes expressions in its own words
         "transaction_per_migration": True,
     }
+
+
+def list_schema(connection: sa.Connection, schema: str) -> None:
+    """Let Alembic's comparison see the schema, for as long as the engine lives.
+
+    SQLAlchemy before 2.1 lists no schema whose name is like `pg_%`, where `_` is any letter: not `pgqueue` either.
+    """
+    inspector = sa.inspect(connection)
+    if inspector.has_schema(schema) and schema not in inspector.get_schema_names():
+        listed = connection.dialect.get_schema_names
+
+        def get_schema_names(*arguments: Any, **options: Any) -> list[str]:
+            return [*listed(*arguments, **options), schema]
+
+        connection.dialect.get_schema_names = get_schema_names  # type: ignore[method-assign]
 
 
 @contextmanager
