@@ -149,7 +149,7 @@ def _make_sqlite_engine(url: sa.URL) -> sa.Engine:
             f"pgqueue needs SQLite {'.'.join(map(str, SQLITE_VERSION_MIN))} or newer; "
             f"this Python was built with {sqlite3.sqlite_version}"
         )
-    in_memory = url.database in (None, "", ":memory:")
+    in_memory = is_in_memory(url)
     engine = sa.create_engine(
         url,
         hide_parameters=True,
@@ -159,6 +159,11 @@ def _make_sqlite_engine(url: sa.URL) -> sa.Engine:
     )
     prepare_sqlite(engine)
     return engine
+
+
+def is_in_memory(url: sa.URL) -> bool:
+    """Whether this is a SQLite database that lives in one connection and ends with it."""
+    return url.get_backend_name() == SQLITE and url.database in (None, "", ":memory:")
 
 
 def prepare_sqlite(engine: sa.Engine) -> None:

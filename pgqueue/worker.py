@@ -40,6 +40,7 @@ from pgqueue.engine import (
     describe_url,
     end_if_frozen,
     errors_explained,
+    is_in_memory,
     is_transient,
     make_async_engine,
     parse_url,
@@ -173,7 +174,10 @@ class Worker:
         if self._ran:
             raise RuntimeError(f"worker {self.id} has run already; a worker runs once, make a new one")
         self._ran = True
-        self._require_schema()
+        self._require_database()
+        if any(definition.is_async and definition.transactional for definition in self._definitions.values()):
+            # Of this worker's event loop alone: connections cannot be shared with the application's own loop.
+            self._async_engine = make_async_engine(parse_url(self.pgq.url), pool_size=0)
         logger.info(
             "worker %s starts on %s: queues %s, tasks %s",
             self.id,
@@ -253,7 +257,12 @@ class Worker:
     def stopping(self) -> bool:
         return self._stop_requested
 
-    def _require_schema(self) -> None:
+    def _require_database(self) -> None:
+        if is_in_memory(self.pgq.url):
+            raise ConfigurationError(
+                "a worker cannot use a SQLite database in memory: its threads need connections, and transactions, of "
+                "their own. Use a file, such as sqlite:///jobs.db"
+            )
         with errors_explained(self.pgq.url), self.pgq.engine.connect() as connection:
             warning = migration.require_current(connection, self.pgq.schema)
         if warning:
@@ -515,9 +524,7 @@ class Worker:
         return None
 
     async def _run_transactional_async(self, definition: TaskDefinition, job: ClaimedJob) -> Outcome | None:
-        if self._async_engine is None:
-            # Of this event loop alone: connections cannot be shared with the application's own loop.
-            self._async_engine = make_async_engine(parse_url(self.pgq.url), pool_size=0)
+        assert self._async_engine is not None
         outcome: Outcome | None = None
         try:
             async with contextlib.AsyncExitStack() as stack:
