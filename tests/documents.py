@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from forks import PROGRAMS, Forks
 from support import PATIENCE_SECONDS, Process, wait_for
 
 from pgqueue import PgQueue
@@ -65,12 +66,19 @@ def _first_table(lines: Iterator[str]) -> Iterator[str]:
             return
 
 
+def is_simple(command: str) -> bool:
+    """Whether the command is one Python program that needs no shell."""
+    words = shlex.split(command)
+    return words[0] in PROGRAMS and words[1] != "-c" and not {"|", "||", "&&", ">"} & set(words)
+
+
 class Reader:
     """Somebody who types the commands of a document into a shell, in one folder, on one database."""
 
-    def __init__(self, folder: Path, url: str) -> None:
+    def __init__(self, folder: Path, url: str, forks: Forks) -> None:
         self.folder = folder
         self.url = url
+        self._forks = forks
         scripts = os.path.dirname(sys.executable)
         self.environ = {
             **{name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "PGQUEUE_APP")},
@@ -83,7 +91,15 @@ class Reader:
         """What the command prints. Fails unless it succeeds; a worker without --drain is stopped when all is done."""
         if command.startswith("pgqueue worker") and "--drain" not in command:
             return self._run_until_idle(command)
-        done = subprocess.run(
+        done = self._run_simple(command) if is_simple(command) else self._run_in_shell(command)
+        assert done.returncode == 0, f"{command}\nexit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def _run_simple(self, command: str) -> subprocess.CompletedProcess[str]:
+        return self._forks.run(shlex.split(command), cwd=self.folder, environ=self.environ)
+
+    def _run_in_shell(self, command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
             ["bash", "-euc", command],
             cwd=self.folder,
             env=self.environ,
@@ -92,8 +108,6 @@ class Reader:
             text=True,
             timeout=PATIENCE_SECONDS,
         )
-        assert done.returncode == 0, f"{command}\nexit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done.stdout
 
     def _run_until_idle(self, command: str) -> str:
         worker = Process(shlex.split(command), cwd=self.folder, **self.environ)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from documents import PROJECT, Reader, blocks
+from forks import Forks
 from support import rows
 
 from pgqueue import JobStatus, PgQueue
@@ -18,11 +19,11 @@ NOT_RUN = {"export PGQUEUE_DATABASE_URL=sqlite:///shop.db": "each test has a dat
 
 
 @pytest.fixture
-def reader(url: str, tmp_path: Path) -> Reader:
+def reader(url: str, tmp_path: Path, forks: Forks) -> Reader:
     """Somebody in a copy of the examples' folder."""
     folder = tmp_path / "examples"
     shutil.copytree(EXAMPLES, folder, ignore=shutil.ignore_patterns("__pycache__", "*.db*"))
-    return Reader(folder, url)
+    return Reader(folder, url, forks)
 
 
 def test_the_commands_of_the_examples_readme_work_from_top_to_bottom(reader: Reader, pgq: PgQueue) -> None:

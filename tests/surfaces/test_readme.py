@@ -14,6 +14,7 @@ import pytest
 import sqlalchemy as sa
 import typer.main
 from documents import PROJECT, Block, Reader, blocks, table_below
+from forks import Forks
 from sqlalchemy import event
 from sqlalchemy.orm import Session
 from support import execute, rows
@@ -56,10 +57,10 @@ def empty_url(request: pytest.FixtureRequest, pg_version: str | None, tmp_path: 
     return chosen
 
 
-def test_the_readme_works_from_top_to_bottom(empty_url: str, tmp_path: Path) -> None:
+def test_the_readme_works_from_top_to_bottom(empty_url: str, tmp_path: Path, forks: Forks) -> None:
     folder = tmp_path / "shop"
     folder.mkdir()
-    reader = Reader(folder, empty_url)
+    reader = Reader(folder, empty_url, forks)
     reader.run("alembic init migrations")
     document = blocks(README)
 
