@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session, object_session
 from pgqueue import store
 from pgqueue.config import DEFAULT_QUEUE, DEFAULT_SCHEMA, checked_lease, checked_schema, url_from_environment
 from pgqueue.dialect import POSTGRESQL, checked_dialect, now, seconds_from_now
-from pgqueue.engine import errors_explained, make_async_engine, make_engine, parse_url
+from pgqueue.engine import errors_explained, make_async_engine, make_engine, parse_url, reading
 from pgqueue.errors import ClaimLost, ConfigurationError, InvalidPayload, TaskNotFound, WrongSession
 from pgqueue.executor import MESSAGE_CHARACTERS_MAX, clean, describe
 from pgqueue.job import (
@@ -185,6 +185,12 @@ class PgQueue:
     def begin(self) -> Iterator[sa.Connection]:
         """A transaction of pgqueue's own, with database errors explained."""
         with errors_explained(self.url), self.engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def reading(self) -> Iterator[sa.Connection]:
+        """Likewise a transaction that only reads: on SQLite it waits for no writer, and no writer waits for it."""
+        with errors_explained(self.url), reading(self.engine) as connection:
             yield connection
 
     async def _run_async(self, work: Callable[[sa.Connection], T]) -> T:
@@ -459,7 +465,7 @@ class PgQueue:
 
     def get_job(self, job_id: int) -> _Job:
         """The job as it stands. Raises JobNotFound."""
-        with self.begin() as connection:
+        with self.reading() as connection:
             return store.get_job(connection, self.tables, job_id)
 
     def list_jobs(
@@ -475,7 +481,7 @@ class PgQueue:
         if status is not None and status not in tuple(JobStatus):
             raise ConfigurationError(f"status must be one of {', '.join(JobStatus)}, got {status!r}")
         _checked_limit(limit)
-        with self.begin() as connection:
+        with self.reading() as connection:
             return store.list_jobs(
                 connection,
                 self.tables,
@@ -488,7 +494,7 @@ class PgQueue:
 
     def job_events(self, job_id: int) -> list[dict[str, Any]]:
         """What was recorded of a job beside its own row, oldest first."""
-        with self.begin() as connection:
+        with self.reading() as connection:
             return store.list_events(connection, self.tables, job_id)
 
     def cancel(self, job_id: int, *, reason: str | None = None, actor: str | None = None) -> None:
@@ -539,12 +545,12 @@ class PgQueue:
 
     def queues(self) -> list[store.QueueSummary]:
         """How many jobs of each queue stand where."""
-        with self.begin() as connection:
+        with self.reading() as connection:
             return store.summarize_queues(connection, self.tables)
 
     def workers(self) -> list[dict[str, Any]]:
         """The workers that are, or lately were, alive."""
-        with self.begin() as connection:
+        with self.reading() as connection:
             return store.list_workers(connection, self.tables)
 
     def prune(

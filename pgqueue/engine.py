@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import sqlalchemy as sa
 from sqlalchemy import event, exc
@@ -17,6 +18,12 @@ from pgqueue.errors import ConfigurationError, DatabaseUnreachable, PgqueueError
 
 #: How long SQLite waits for another process's write to end.
 SQLITE_BUSY_SECONDS = 30.0
+
+#: While SQLite waits it looks less and less often whether the lock is free; after this time it begins anew.
+SQLITE_TURN_SECONDS = 0.05
+
+#: Begins a transaction that may write, with the write lock in its hands.
+_SQLITE_BEGIN = "BEGIN IMMEDIATE"
 
 #: The longest timeout that PostgreSQL knows.
 IDLE_MILLISECONDS_MAX = 2**31 - 1
@@ -167,11 +174,15 @@ def is_in_memory(url: sa.URL) -> bool:
 
 
 def prepare_sqlite(engine: sa.Engine) -> None:
-    """Make SQLite safe for several workers: every transaction begins by taking the write lock.
+    """Make SQLite safe for several workers: every transaction but those of `reading` begins by taking the write lock.
 
     With the driver's own handling a transaction that reads first and writes later does not wait for the lock,
     and two workers may claim the same job without any error.
     """
+
+    @event.listens_for(engine, "do_connect")
+    def do_connect(_: sa.Dialect, __: Any, ___: Any, parameters: dict[str, Any]) -> None:
+        parameters["factory"] = _SqliteConnection
 
     @event.listens_for(engine, "connect")
     def connect(dbapi_connection: Any, _: Any) -> None:
@@ -189,7 +200,46 @@ def prepare_sqlite(engine: sa.Engine) -> None:
 
     @event.listens_for(engine, "begin")
     def begin(connection: sa.Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        only_reads = connection.get_execution_options().get("pgqueue_only_reads", False)
+        connection.exec_driver_sql("BEGIN" if only_reads else _SQLITE_BEGIN)
+
+
+class _SqliteConnection(sqlite3.Connection):
+    def cursor(self, factory: Any = None) -> Any:
+        return super().cursor(factory or _SqliteCursor)
+
+
+class _SqliteCursor(sqlite3.Cursor):
+    """Waits fairly for its turn to write.
+
+    Left to itself, SQLite looks for the lock the less often the longer it has waited: those who come later get it
+    first, and on a busy file some never do. Who waits in short turns looks as often as everybody else.
+    """
+
+    def execute(self, sql: str, parameters: Any = ()) -> Self:
+        if sql != _SQLITE_BEGIN:
+            return super().execute(sql, parameters)
+        give_up_at = time.monotonic() + SQLITE_BUSY_SECONDS
+        self._wait_at_most(SQLITE_TURN_SECONDS)
+        try:
+            while True:
+                try:
+                    return super().execute(sql)
+                except sqlite3.OperationalError as error:
+                    if not error.sqlite_errorname.startswith("SQLITE_BUSY") or time.monotonic() > give_up_at:
+                        raise
+        finally:
+            self._wait_at_most(SQLITE_BUSY_SECONDS)
+
+    def _wait_at_most(self, seconds: float) -> None:
+        self.connection.execute(f"PRAGMA busy_timeout = {int(seconds * 1000)}").close()
+
+
+@contextmanager
+def reading(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """A transaction that only reads: on SQLite it neither waits for a writer nor keeps one waiting."""
+    with engine.connect().execution_options(pgqueue_only_reads=True) as connection, connection.begin():
+        yield connection
 
 
 def end_if_frozen(connection: sa.Connection, seconds: float) -> None:

@@ -39,7 +39,6 @@ from pgqueue.dialect import POSTGRESQL
 from pgqueue.engine import (
     describe_url,
     end_if_frozen,
-    errors_explained,
     is_in_memory,
     is_transient,
     make_async_engine,
@@ -263,7 +262,7 @@ class Worker:
                 "a worker cannot use a SQLite database in memory: its threads need connections, and transactions, of "
                 "their own. Use a file, such as sqlite:///jobs.db"
             )
-        with errors_explained(self.pgq.url), self.pgq.engine.connect() as connection:
+        with self.pgq.reading() as connection:
             warning = migration.require_current(connection, self.pgq.schema)
         if warning:
             logger.warning("%s", warning)

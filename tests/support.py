@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
+from pgqueue.engine import reading
+
 T = TypeVar("T")
 
 #: Long enough for a busy machine; a test that waits this long has failed.
@@ -34,13 +36,13 @@ def wait_for(condition: Callable[[], T], what: str, *, timeout: float = PATIENCE
 
 def scalar(engine: sa.Engine, sql: str, **parameters: Any) -> Any:
     """The first value of a query."""
-    with engine.begin() as connection:
+    with reading(engine) as connection:
         return connection.execute(sa.text(sql), parameters).scalar()
 
 
 def rows(engine: sa.Engine, sql: str, **parameters: Any) -> list[Any]:
     """All rows of a query."""
-    with engine.begin() as connection:
+    with reading(engine) as connection:
         return list(connection.execute(sa.text(sql), parameters).all())
 
 

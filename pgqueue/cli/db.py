@@ -12,7 +12,7 @@ from pgqueue import dialect, migration
 from pgqueue.cli.opening import Before, find_queue, opened, require_file
 from pgqueue.cli.program import FAILURE, Settings, app, command
 from pgqueue.client import PgQueue
-from pgqueue.engine import describe_url, errors_explained
+from pgqueue.engine import describe_url
 from pgqueue.errors import ConfigurationError, SchemaOutdated
 
 database = typer.Typer(no_args_is_help=True)
@@ -61,7 +61,7 @@ def current(settings: Settings) -> None:
 def check(settings: Settings) -> None:
     """Check that the tables are what this program needs: exit code 6 if they are not."""
     with opened(settings) as pgq:
-        with errors_explained(pgq.url), pgq.engine.connect() as connection:
+        with pgq.reading() as connection:
             differences = migration.differences(connection, pgq.schema)
         if differences:
             raise SchemaOutdated(
@@ -72,7 +72,7 @@ def check(settings: Settings) -> None:
 
 
 def _revisions(pgq: PgQueue) -> dict[str, Any]:
-    with errors_explained(pgq.url), pgq.engine.connect() as connection:
+    with pgq.reading() as connection:
         found = migration.current_revision(connection, pgq.schema)
     head = migration.head_revision()
     return {"schema": pgq.schema, "current": found, "head": head, "up_to_date": found == head}

@@ -18,7 +18,6 @@ from pgqueue.cli.program import Settings
 from pgqueue.client import PgQueue
 from pgqueue.config import DEFAULT_SCHEMA, LOCAL_URL, url_from_environment
 from pgqueue.dialect import SQLITE
-from pgqueue.engine import errors_explained
 from pgqueue.errors import ConfigurationError, PgqueueError, SchemaMissing
 from pgqueue.output import print_error
 
@@ -55,7 +54,7 @@ def opened(settings: Settings, before: Before = Before.CHECK) -> Iterator[PgQueu
             migration.upgrade(pgq.engine, pgq.schema)
         if before is not Before.NOTHING:
             require_file(pgq)
-            with errors_explained(pgq.url), pgq.engine.connect() as connection:
+            with pgq.reading() as connection:
                 warning = migration.require_current(connection, pgq.schema)
             if warning:
                 output.note(f"note: {warning}")

@@ -34,7 +34,7 @@ def audit(pgq: PgQueue, *, acknowledged: Iterable[int] = ()) -> list[str]:
     Expects that all work is over. `acknowledged` are ids of jobs whose enqueue was committed: they must exist.
     """
     tables = pgq.tables
-    with pgq.begin() as connection:
+    with pgq.reading() as connection:
         jobs = connection.execute(sa.select(tables.jobs).order_by(tables.jobs.c.id)).all()
         events = _by_job(connection.execute(sa.select(tables.job_events).order_by(tables.job_events.c.id)).all())
         runs = _by_job(connection.execute(sa.select(app.runs).order_by(app.runs.c.id)).all())
@@ -54,7 +54,7 @@ def audit(pgq: PgQueue, *, acknowledged: Iterable[int] = ()) -> list[str]:
 
 def audit_orders(pgq: PgQueue) -> list[str]:
     """What is wrong between business rows and jobs that were written in the same transactions."""
-    with pgq.begin() as connection:
+    with pgq.reading() as connection:
         orders = set(connection.execute(sa.select(app.orders.c.id)).scalars())
         payloads = connection.execute(sa.select(pgq.tables.jobs.c.payload)).scalars()
         jobs = Counter(payload["order"] for payload in payloads)
