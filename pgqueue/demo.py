@@ -118,6 +118,12 @@ def open_queue(url: str | sa.URL, schema: str) -> tuple[PgQueue, Task[[int, str]
     return pgq, index_file
 
 
+def close_queue(pgq: PgQueue) -> None:
+    """Close all connections of a queue that `open_queue` made."""
+    pgq.dispose()
+    pgq.engine.dispose()
+
+
 def enqueue_files(session: Session, index_file: Task[[int, str], None], paths: Sequence[Path]) -> None:
     """Store a row and a job for each file, in the transaction of `session`. A file that is gone gets neither."""
     files = [
@@ -207,7 +213,7 @@ def work() -> None:
 
     threading.Thread(target=stop_at_end_of_input, daemon=True).start()
     worker.run()
-    pgq.dispose()
+    close_queue(pgq)
 
 
 # The check -------------------------------------------------------------------------------------------------
@@ -419,7 +425,7 @@ class _Demo:
                 with Session(self._pgq.engine) as session, session.begin():
                     return self._report(session, seconds)
         finally:
-            self._pgq.dispose()
+            close_queue(self._pgq)
 
     def _index(self) -> float:
         """Have all files indexed; how many seconds it took."""
@@ -451,8 +457,8 @@ class _Demo:
         """How many jobs are done, waiting, running. Kills a worker when it is time for that."""
         self._crew.require_alive()
         status = self._pgq.tables.jobs.c.status
-        with Session(self._pgq.engine) as session:
-            rows = session.execute(sa.select(status, sa.func.count()).group_by(status))
+        with self._pgq.reading() as connection:
+            rows = connection.execute(sa.select(status, sa.func.count()).group_by(status))
             jobs: dict[str, int] = {row[0]: row[1] for row in rows}
         waiting, running = jobs.pop(JobStatus.PENDING, 0), jobs.pop(JobStatus.RUNNING, 0)
         done = sum(jobs.values())
@@ -464,17 +470,17 @@ class _Demo:
 
     def _kill_busiest(self) -> None:
         """Kill the worker that holds most jobs, note which, and start another one, as a supervisor would."""
-        jobs, engine = self._pgq.tables.jobs.c, self._pgq.engine
+        jobs = self._pgq.tables.jobs.c
         running = jobs.status == JobStatus.RUNNING
         most_jobs = sa.select(jobs.claimed_by).where(running).group_by(jobs.claimed_by).order_by(sa.func.count().desc())
-        with Session(engine) as session:
-            worker = session.scalar(most_jobs)
+        with self._pgq.reading() as connection:
+            worker = connection.scalar(most_jobs)
         if worker is None or not self._crew.kill(worker):
             return
         self._killed += 1
         # It is dead: what it holds now, it will hold until its lease ends.
-        with Session(engine) as session:
-            self._held.update(session.scalars(sa.select(jobs.id).where(running, jobs.claimed_by == worker)))
+        with self._pgq.reading() as connection:
+            self._held.update(connection.scalars(sa.select(jobs.id).where(running, jobs.claimed_by == worker)))
         self._crew.start()
 
     def _report(self, session: Session, seconds: float) -> DemoReport:
@@ -597,7 +603,7 @@ def _demo_tables(pgq: PgQueue) -> Iterator[None]:
 
 def _require_unused(pgq: PgQueue) -> None:
     """Refuse a schema that holds anything but what a demo left there."""
-    with pgq.engine.connect() as connection:
+    with pgq.reading() as connection:
         names = _table_names(connection, pgq)
         strange = names - _known_names(pgq)
         if strange:
@@ -632,7 +638,7 @@ def _create(pgq: PgQueue) -> None:
 
 def _drop(pgq: PgQueue) -> None:
     """Drop the demo's tables, as far as they are there, and its schema. Never more: no CASCADE."""
-    with pgq.engine.connect() as connection:
+    with pgq.reading() as connection:
         migrated = migration.current_revision(connection, pgq.schema) is not None
     if migrated:
         migration.downgrade(pgq.engine, pgq.schema, "base")

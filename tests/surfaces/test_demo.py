@@ -21,7 +21,18 @@ from sqlalchemy.orm import Session
 from support import execute, scalar, wait_for
 
 from pgqueue import ConfigurationError, PgQueue, PgqueueError, Task, Worker, WorkerConfig, demo, migration, store
-from pgqueue.demo import Base, Contents, DemoReport, Effect, File, Findings, enqueue_files, find_problems, open_queue
+from pgqueue.demo import (
+    Base,
+    Contents,
+    DemoReport,
+    Effect,
+    File,
+    Findings,
+    close_queue,
+    enqueue_files,
+    find_problems,
+    open_queue,
+)
 from pgqueue.engine import make_engine
 
 #: Enough for workers to be at work for a while, few enough to be quick.
@@ -395,7 +406,7 @@ def enqueued(url: str, tmp_path: Path) -> Iterator[Indexed]:
     indexed = Indexed(url, tmp_path)
     indexed.enqueue()
     yield indexed
-    indexed.pgq.dispose()
+    close_queue(indexed.pgq)
 
 
 @pytest.fixture
