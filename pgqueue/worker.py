@@ -23,7 +23,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,9 @@ logger = logging.getLogger(__name__)
 
 #: The most jobs whose ends are written in one transaction.
 FINISH_JOBS_MAX = 1_000
+
+#: Of these, about so many characters of results and errors: beyond a gigabyte the server hangs up.
+FINISH_CHARACTERS_MAX = 8 * 1024 * 1024
 
 #: The most expired claims taken back in one statement.
 SWEEP_JOBS_MAX = 500
@@ -629,7 +632,8 @@ class Worker:
             if first is None:
                 raise LoopEnded
             batch.append(first)
-        while len(batch) < FINISH_JOBS_MAX:
+        characters = sum(map(_characters, batch))
+        while len(batch) < FINISH_JOBS_MAX and characters < FINISH_CHARACTERS_MAX:
             try:
                 more = self._finished.get_nowait()
             except queue.Empty:
@@ -638,6 +642,7 @@ class Worker:
                 self._finished.put(None)  # it ends the loop, once all before it is written
                 break
             batch.append(more)
+            characters += _characters(more)
         written = self._write(connection, batch)
         refused = [transition for transition in batch if transition.job_id not in written]
         if refused and tried_before:
@@ -688,11 +693,13 @@ class Worker:
         with connection.begin():
             return store.finish(connection, self.pgq.tables, [plain], actor=self.id)
 
-    def _settle(self, transitions: Iterable[Transition], written: set[int]) -> None:
+    def _settle(self, transitions: Sequence[Transition], written: set[int]) -> None:
         """Let go of jobs whose end was written or refused."""
+        # Of two ends of one job the first has lost its claim, or there would not be a second.
+        last = {transition.job_id: transition for transition in transitions}
         with self._lock:
             for transition in transitions:
-                if transition.job_id in written:
+                if transition.job_id in written and transition is last[transition.job_id]:
                     self.report.count(transition)
                 else:
                     self.report.lost += 1
@@ -787,6 +794,12 @@ class Worker:
     async def _dispose_async_engine(self) -> None:
         if self._async_engine is not None:
             await self._async_engine.dispose()
+
+
+def _characters(transition: Transition) -> int:
+    """About how much text goes to the database for this end."""
+    error = transition.error
+    return len(transition.result_json or "") + (len(error.message) + len(error.traceback) if error else 0)
 
 
 class _CommitGuard:
