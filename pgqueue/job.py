@@ -84,7 +84,8 @@ class ClaimedJob:
     id: int
     queue: str
     task: str
-    payload_json: str  #: still text: one undecodable row must fail that job, not the claim of the batch
+    #: Still text: one undecodable row must fail that job, not the claim of the batch. Never shown: it may be secret.
+    payload_json: str = field(repr=False)
     priority: int
     run_at: datetime
     attempt: int  #: 1 for the first
@@ -93,7 +94,7 @@ class ClaimedJob:
     claimed_by: str
     claim_token: uuid.UUID
     created_at: datetime
-    metadata_json: str
+    metadata_json: str = field(repr=False)
 
     @property
     def payload(self) -> dict[str, Any]:
