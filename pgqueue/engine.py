@@ -297,6 +297,8 @@ def explain(error: exc.DBAPIError, url: sa.URL) -> PgqueueError | None:
         )
     if "file is not a database" in message:
         return DatabaseUnreachable(f"{where} is not a SQLite database")
+    if sqlstate == "57014":
+        return None  # a statement was cancelled, or took longer than its timeout: the connection goes on
     if is_disconnect(error) or sqlstate[:2] in ("08", "28", "57") or sqlstate in ("3D000", "53300"):
         return DatabaseUnreachable(f"cannot use {where}: {message}")
     return None

@@ -6,6 +6,7 @@ import asyncio
 from datetime import UTC, datetime
 
 import pytest
+import sqlalchemy as sa
 from sqlalchemy.orm import Session
 from support import execute, scalar
 from working import drain
@@ -80,6 +81,17 @@ def test_an_asynchronous_claim_reads_moments_in_any_style(pg_url: str) -> None:
 
     assert job.run_at == AT
     pgq.dispose()
+
+
+def test_a_statement_that_took_too_long_is_not_called_an_unreachable_database(pg: PgQueue, pg_url: str) -> None:
+    change(pg_url, "statement_timeout", "100ms")
+    impatient = PgQueue(pg_url)
+    with pg.begin() as connection, pytest.raises(sa.exc.OperationalError, match="statement timeout"):
+        connection.exec_driver_sql("LOCK TABLE pgqueue.jobs")
+        impatient.claim("worker-1")
+
+    assert impatient.claim("worker-1") == []
+    impatient.dispose()
 
 
 def change(url: str, name: str, value: str) -> None:
