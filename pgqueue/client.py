@@ -9,6 +9,7 @@ import json
 import os
 import threading
 import uuid
+import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -91,10 +92,12 @@ class PgQueue:
         self.tasks: dict[str, Task[..., Any]] = {}
         self._lock = threading.RLock()
         self._engine: sa.Engine | None = None
-        self._owner_pid: int | None = None  # of the process that made the engine; None for one that was given
+        self._engine_is_own = False  # and was not given
         self._async_engine: AsyncEngine | None = None
+        self._async_engine_is_own = False
         self._url: sa.URL | None = None
-        self._wake_sender = WakeSender(lambda: self.engine, self.schema)
+        self._wake_sender = self._new_wake_sender()
+        _queues.add(self)
         if database is not None:
             self.connect_to(database)
 
@@ -111,7 +114,7 @@ class PgQueue:
     def use_schema(self, schema: str) -> None:
         """Use the tables of this schema from now on; the command line's `--schema` ends up here."""
         self.schema = checked_schema(schema)
-        self._wake_sender = WakeSender(lambda: self.engine, self.schema)
+        self._wake_sender = self._new_wake_sender()
 
     def connect_to(self, database: str | sa.URL | sa.Engine | AsyncEngine) -> None:
         """Use this database from now on; the command line's `--database-url` ends up here."""
@@ -126,7 +129,9 @@ class PgQueue:
         else:
             raise ConfigurationError(f"a database is a URL, an Engine or an AsyncEngine, got {type(database).__name__}")
         with self._lock:
-            self._engine, self._async_engine, self._url, self._owner_pid = engine, async_engine, url, None
+            self._engine, self._async_engine, self._url = engine, async_engine, url
+            self._engine_is_own = self._async_engine_is_own = False
+            self._wake_sender = self._new_wake_sender()
 
     @property
     def url(self) -> sa.URL:
@@ -146,20 +151,28 @@ class PgQueue:
         """The engine of pgqueue's own connections; made when first used, unless one was given."""
         with self._lock:
             if self._engine is None:
-                self._engine = make_engine(self.url)
-                self._owner_pid = os.getpid()
-            elif self._owner_pid not in (None, os.getpid()):
-                # A forked child must not talk on its parent's connections. It forgets them without closing them.
-                self._engine.dispose(close=False)
-                self._owner_pid = os.getpid()
+                self._engine, self._engine_is_own = make_engine(self.url), True
             return self._engine
 
     @property
     def async_engine(self) -> AsyncEngine:
         with self._lock:
             if self._async_engine is None:
-                self._async_engine = make_async_engine(parse_url(self.url))
+                self._async_engine, self._async_engine_is_own = make_async_engine(parse_url(self.url)), True
             return self._async_engine
+
+    def _new_wake_sender(self) -> WakeSender:
+        return WakeSender(lambda: self.engine, self.schema)
+
+    def _start_anew_after_fork(self) -> None:
+        """A forked child has none of its parent's threads, one of which may have held the lock, and must not talk on
+        its parent's connections: it forgets them without closing them."""
+        self._lock = threading.RLock()
+        self._wake_sender = self._new_wake_sender()
+        if self._engine is not None and self._engine_is_own:
+            self._engine.dispose(close=False)
+        if self._async_engine is not None and self._async_engine_is_own:
+            self._async_engine.sync_engine.dispose(close=False)
 
     @property
     def tables(self) -> Tables:
@@ -178,7 +191,7 @@ class PgQueue:
         again."""
         self._wake_sender.close()
         with self._lock:
-            if self._engine is not None and self._owner_pid is not None:
+            if self._engine is not None and self._engine_is_own:
                 self._engine.dispose()
 
     @contextmanager
@@ -589,6 +602,19 @@ class PgQueue:
             total += count
             pruned(count)
         return total
+
+
+#: The queues of this process.
+_queues: weakref.WeakSet[PgQueue] = weakref.WeakSet()
+
+
+def _start_anew_after_fork() -> None:
+    for queue in list(_queues):
+        queue._start_anew_after_fork()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_start_anew_after_fork)
 
 
 def _at_read_committed(engine: E) -> E:

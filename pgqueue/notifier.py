@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import selectors
 import socket
 import threading
@@ -53,19 +52,11 @@ class WakeSender:
         self._wanted: set[str] = set()
         self._not_before = 0.0
         self._thread: threading.Thread | None = None
-        self._pid = os.getpid()
         self._changed = threading.Event()
         self._closing = False
         self._flushes_at_exit = False
 
     def __call__(self, queues: set[str], committed: bool) -> None:
-        if os.getpid() != self._pid:  # a forked child has neither the thread nor a usable connection
-            self._lock, self._changed, self._thread, self._pid = (
-                threading.Lock(),
-                threading.Event(),
-                None,
-                os.getpid(),
-            )
         with self._lock:
             self._wanted |= queues
             if not committed:
@@ -81,7 +72,7 @@ class WakeSender:
     def close(self) -> None:
         """Send what is due and give the connection back. A later wake-up opens a new one."""
         thread = self._thread
-        if thread is None or os.getpid() != self._pid:
+        if thread is None:
             return
         self._closing = True
         self._changed.set()
