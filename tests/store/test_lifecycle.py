@@ -10,8 +10,9 @@ import itertools
 import os
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import audit
 import pytest
@@ -22,7 +23,6 @@ from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
-    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -36,7 +36,58 @@ EXAMPLES = os.environ.get("PGQUEUE_LIFECYCLE_EXAMPLES")
 LATER = 3600.0
 DAY = 86_400.0
 
+#: Such as may be deleted.
+NOT_RUNNING = ("pending", "completed", "dead", "cancelled")
+
 picks = st.integers(0, 99)
+limits = st.integers(0, 2)
+
+#: What may be done next, how often in comparison, and with what. Each is a method of Lifecycle.
+#: One rule draws from these, because Hypothesis leaves most of many rules out of each example.
+STEPS: dict[str, tuple[int, dict[str, st.SearchStrategy[Any]]]] = {
+    "enqueue": (
+        3,
+        {
+            "task": st.sampled_from(["one", "two"]),
+            "key": st.sampled_from([None, "k", "l"]),
+            "priority": st.integers(0, 2),
+            "max_retries": st.integers(0, 2),
+            "is_due": st.sampled_from([True, True, False]),
+            "on_conflict": st.sampled_from(OnConflict),
+            "commits": st.sampled_from([True, True, True, False]),
+        },
+    ),
+    "enqueue_many": (1, {"count": st.integers(1, 3), "max_retries": st.integers(0, 2)}),
+    "claim": (
+        3,
+        {"limit": st.integers(1, 3), "task": st.sampled_from([None, None, "one"]), "sweeps": st.booleans()},
+    ),
+    "end_or_extend": (
+        8,
+        {
+            "call": st.sampled_from(["ack", "nack", "nack with an error", "nack as dead", "extend"]),
+            "numbers": st.lists(picks, min_size=1, max_size=3),
+            "is_due": st.sampled_from([True, True, False]),
+            "limit": limits,
+        },
+    ),
+    "let_a_lease_run_out": (4, {"number": picks, "sweeps": st.booleans(), "limit": limits}),
+    "sweep": (1, {}),
+    "let_delays_pass": (1, {}),
+    "operate": (4, {"call": st.sampled_from(["cancel", "replay", "replay", "delete"]), "number": picks}),
+    "prune": (
+        1,
+        {
+            "statuses": st.lists(st.sampled_from(["completed", "dead", "cancelled"]), min_size=1, unique=True),
+            "ages": st.booleans(),
+        },
+    ),
+    "pause_or_resume": (1, {"pauses": st.sampled_from([True, False, False])}),
+}
+
+steps = st.sampled_from([name for name, (weight, _) in STEPS.items() for _ in range(weight)]).flatmap(
+    lambda name: st.tuples(st.just(name), st.fixed_dictionaries(STEPS[name][1]))
+)
 
 
 @dataclass
@@ -71,6 +122,15 @@ class Expected:
         if event:
             self.events.append(event)
 
+    def fail(self, is_due: bool) -> None:
+        if self.retries < self.max_retries:
+            self.end("pending", "retry", charge=True, is_due=is_due)
+        else:
+            self.end("dead", "dead")
+
+    def extend(self) -> None:
+        self.has_expired = False
+
 
 class Lifecycle(RuleBasedStateMachine):
     def __init__(self, pgq: PgQueue) -> None:
@@ -83,22 +143,20 @@ class Lifecycle(RuleBasedStateMachine):
         self.serial = itertools.count()
 
     @initialize()
-    def begin_empty(self) -> None:
+    def begin_with_a_few_jobs(self) -> None:
         with self.pgq.begin() as connection:
             for table in (self.pgq.tables.jobs, self.pgq.tables.job_events, self.pgq.tables.queues):
                 connection.execute(sa.delete(table))
+        for max_retries in (0, 1, 1, 2):
+            self.enqueue_many(1, max_retries)
+
+    @rule(step=steps)
+    def take(self, step: tuple[str, dict[str, Any]]) -> None:
+        name, arguments = step
+        getattr(self, name)(**arguments)
 
     # Enqueue
 
-    @rule(
-        task=st.sampled_from(["one", "two"]),
-        key=st.sampled_from([None, "k", "l"]),
-        priority=st.integers(0, 2),
-        max_retries=st.integers(0, 2),
-        is_due=st.booleans(),
-        on_conflict=st.sampled_from(OnConflict),
-        commits=st.sampled_from([True, True, True, False]),
-    )
     def enqueue(
         self,
         task: str,
@@ -117,9 +175,7 @@ class Lifecycle(RuleBasedStateMachine):
             on_conflict=on_conflict,
             delay=None if is_due else LATER,
         )
-        holder = next(
-            (job for job in self.jobs.values() if key and job.is_open and (job.task, job.key) == (task, key)), None
-        )
+        holder = self._holder(task, key)
         result = None
         with self.pgq.engine.connect() as connection:
             with suppress(DuplicateJob):
@@ -140,18 +196,17 @@ class Lifecycle(RuleBasedStateMachine):
                 holder.n, holder.priority, holder.max_retries, holder.is_due = n, priority, max_retries, is_due
                 holder.events.append("replace")
 
-    @rule(count=st.integers(1, 4))
-    def enqueue_many(self, count: int) -> None:
+    def enqueue_many(self, count: int, max_retries: int) -> None:
         numbers = [next(self.serial) for _ in range(count)]
         with self.pgq.begin() as connection:
-            ids = external(self.pgq, "one").enqueue_many(connection, [{"n": n} for n in numbers])
+            made = external(self.pgq, "one").using(max_retries=max_retries)
+            ids = made.enqueue_many(connection, [{"n": n} for n in numbers])
         for job_id, n in zip(ids, numbers, strict=True):
-            self.jobs[job_id] = Expected(job_id, "one", None, n, 0, 3, True)
+            self.jobs[job_id] = Expected(job_id, "one", None, n, 0, max_retries, True)
 
     # Claims
 
-    @rule(limit=st.integers(1, 4), task=st.sampled_from([None, "one"]), sweeps=st.booleans())
-    def claim(self, limit: int, task: str | None, sweeps: bool) -> None:
+    def claim(self, limit: int, task: str | None = None, sweeps: bool = False) -> None:
         if sweeps and task is None:
             self._swept([job.id for job in self.jobs.values() if job.has_expired])
             claimed = self.pgq.claim("worker", limit=limit)
@@ -171,9 +226,29 @@ class Lifecycle(RuleBasedStateMachine):
             assert (job.attempt, job.retries, job.payload) == (expected.attempt, expected.retries, {"n": expected.n})
         self.claims.extend(claimed)
 
-    def _chosen(self, *numbers: int) -> list[ClaimedJob]:
-        """Claims, current ones and lost ones."""
-        return [self.claims[-1 - number % len(self.claims)] for number in numbers]
+    def end_or_extend(self, call: str, numbers: list[int], is_due: bool, limit: int) -> None:
+        """Some of the latest claims, current and lost ones."""
+        if limit:
+            self.claim(limit)
+        if not self.claims:
+            return
+        latest = self.claims[-8:]
+        jobs = [latest[-1 - number % len(latest)] for number in numbers]
+        delay = 0.0 if is_due else LATER
+        if call == "ack":
+            self._end(jobs, lambda: self.pgq.ack(jobs, result=1), lambda job: job.end("completed", None))
+        elif call == "nack":
+            self._end(
+                jobs,
+                lambda: self.pgq.nack(jobs, delay=delay),
+                lambda job: job.end("pending", "release", is_due=is_due),
+            )
+        elif call == "nack with an error":
+            self._end(jobs, lambda: self.pgq.nack(jobs, error="no", delay=delay), lambda job: job.fail(is_due))
+        elif call == "nack as dead":
+            self._end(jobs, lambda: self.pgq.nack(jobs, dead=True), lambda job: job.end("dead", "dead"))
+        else:
+            self._end(jobs, lambda: self.pgq.extend(jobs, lease=60), lambda job: job.extend())
 
     def _end(self, jobs: list[ClaimedJob], call: Callable[[], None], write: Callable[[Expected], None]) -> None:
         """Make a call on claims: exactly what they still hold is written, and it says so when a job was lost."""
@@ -189,60 +264,20 @@ class Lifecycle(RuleBasedStateMachine):
         else:
             call()
 
-    @precondition(lambda self: self.claims)
-    @rule(numbers=st.lists(picks, min_size=1, max_size=3))
-    def ack(self, numbers: list[int]) -> None:
-        jobs = self._chosen(*numbers)
-        self._end(jobs, lambda: self.pgq.ack(jobs, result=1), lambda job: job.end("completed", None))
-
-    @precondition(lambda self: self.claims)
-    @rule(numbers=st.lists(picks, min_size=1, max_size=3), is_due=st.booleans())
-    def nack(self, numbers: list[int], is_due: bool) -> None:
-        jobs = self._chosen(*numbers)
-        self._end(
-            jobs,
-            lambda: self.pgq.nack(jobs, delay=0 if is_due else LATER),
-            lambda job: job.end("pending", "release", is_due=is_due),
-        )
-
-    @precondition(lambda self: self.claims)
-    @rule(numbers=st.lists(picks, min_size=1, max_size=3), is_due=st.booleans())
-    def nack_with_an_error(self, numbers: list[int], is_due: bool) -> None:
-        def write(job: Expected) -> None:
-            if job.retries < job.max_retries:
-                job.end("pending", "retry", charge=True, is_due=is_due)
-            else:
-                job.end("dead", "dead")
-
-        jobs = self._chosen(*numbers)
-        self._end(jobs, lambda: self.pgq.nack(jobs, error="no", delay=0 if is_due else LATER), write)
-
-    @precondition(lambda self: self.claims)
-    @rule(number=picks)
-    def give_up(self, number: int) -> None:
-        jobs = self._chosen(number)
-        self._end(jobs, lambda: self.pgq.nack(jobs, dead=True), lambda job: job.end("dead", "dead"))
-
-    @precondition(lambda self: self.claims)
-    @rule(numbers=st.lists(picks, min_size=1, max_size=3, unique=True))
-    def extend(self, numbers: list[int]) -> None:
-        def write(job: Expected) -> None:
-            job.has_expired = False
-
-        jobs = self._chosen(*numbers)
-        self._end(jobs, lambda: self.pgq.extend(jobs, lease=60), write)
-
     # Time, sweeps
 
-    @precondition(lambda self: any(job.status == "running" for job in self.jobs.values()))
-    @rule(number=picks)
-    def let_a_lease_run_out(self, number: int) -> None:
+    def let_a_lease_run_out(self, number: int, sweeps: bool, limit: int) -> None:
+        if limit:
+            self.claim(limit)
         running = [job for job in self.jobs.values() if job.status == "running"]
+        if not running:
+            return
         job = running[number % len(running)]
         expire(self.pgq, [job.id])
         job.has_expired = True
+        if sweeps:
+            self.sweep()
 
-    @rule()
     def sweep(self) -> None:
         expired = [job.id for job in self.jobs.values() if job.has_expired]
         dead = self._swept(expired)
@@ -255,77 +290,56 @@ class Lifecycle(RuleBasedStateMachine):
             self.jobs[job_id].end("dead" if job_id in dead else "pending", "sweep", charge=job_id not in dead)
         return dead
 
-    @rule()
     def let_delays_pass(self) -> None:
         make_due(self.pgq)
         for job in self.jobs.values():
             if job.status == "pending":
                 job.is_due = True
 
-    @rule()
-    def let_days_pass(self) -> None:
-        age(self.pgq, seconds_ago=8 * DAY)
-        for job in self.jobs.values():
-            job.is_old = not job.is_open
-
     # Operators
 
-    def _operate(self, call: Callable[[int], None], number: int, allowed: tuple[str, ...]) -> Expected | None:
-        """Make a call on some job, perhaps one that is gone; the job if it was to be changed."""
-        known = [*self.jobs, *self.deleted]
-        job_id = known[number % len(known)]
+    def operate(self, call: str, number: int) -> None:
+        """On some job: mostly one of the latest that stand as they must, else any, perhaps one that is gone."""
+        allowed = {"cancel": audit.OPEN, "replay": ("dead", "cancelled"), "delete": NOT_RUNNING}[call]
+        fit = [job.id for job in self.jobs.values() if job.status in allowed]
+        known = fit[-5:] if fit and number % 4 else [*self.jobs, *self.deleted]
+        job_id = known[number // 4 % len(known)]
         job = self.jobs.get(job_id)
+        error = None
         if job is None:
-            with pytest.raises(JobNotFound):
-                call(job_id)
-            return None
-        if job.status not in allowed:
-            with pytest.raises(IllegalTransition):
-                call(job_id)
-            return None
-        return job
-
-    @precondition(lambda self: self.jobs)
-    @rule(number=picks)
-    def cancel(self, number: int) -> None:
-        job = self._operate(self.pgq.cancel, number, audit.OPEN)
-        if job:
-            self.pgq.cancel(job.id)
+            error = JobNotFound
+        elif job.status not in allowed:
+            error = IllegalTransition
+        elif call == "replay" and self._holder(job.task, job.key):
+            error = DuplicateJob
+        with pytest.raises(error) if error else nullcontext():
+            getattr(self.pgq, call)(job_id)
+        if job is None or error:
+            return
+        if call == "cancel":
             job.end("cancelled", "cancel")
-
-    @precondition(lambda self: self.jobs)
-    @rule(number=picks)
-    def replay(self, number: int) -> None:
-        job = self._operate(self.pgq.replay, number, ("dead", "cancelled"))
-        if not job:
-            return
-        if job.key and any(
-            other.is_open and (other.task, other.key) == (job.task, job.key) for other in self.jobs.values()
-        ):
-            with pytest.raises(DuplicateJob):
-                self.pgq.replay(job.id)
-            return
-        self.pgq.replay(job.id)
-        job.end("pending", "replay", is_due=True)
-        job.retries = 0
-
-    @precondition(lambda self: self.jobs)
-    @rule(number=picks)
-    def delete(self, number: int) -> None:
-        job = self._operate(self.pgq.delete, number, ("pending", "completed", "dead", "cancelled"))
-        if job:
-            self.pgq.delete(job.id)
+        elif call == "replay":
+            job.end("pending", "replay", is_due=True)
+            job.retries = 0
+        else:
             self.deleted[job.id] = [*self.jobs.pop(job.id).events, "delete"]
 
-    @rule(statuses=st.lists(st.sampled_from(["completed", "dead", "cancelled"]), min_size=1, unique=True))
-    def prune(self, statuses: list[str]) -> None:
+    def _holder(self, task: str, key: str | None) -> Expected | None:
+        """The open job of the task with this unique key."""
+        found = (job for job in self.jobs.values() if key and job.is_open and (job.task, job.key) == (task, key))
+        return next(found, None)
+
+    def prune(self, statuses: list[str], ages: bool) -> None:
+        if ages:
+            age(self.pgq, seconds_ago=8 * DAY)
+            for job in self.jobs.values():
+                job.is_old = not job.is_open
         doomed = [job.id for job in self.jobs.values() if job.is_old and job.status in statuses]
         assert self.pgq.prune(older_than=DAY, statuses=statuses) == len(doomed)
         for job_id in doomed:
             self.deleted[job_id] = []
             del self.jobs[job_id]
 
-    @rule(pauses=st.sampled_from([True, False, False]))
     def pause_or_resume(self, pauses: bool) -> None:
         if pauses:
             self.pgq.pause("default")
