@@ -24,7 +24,7 @@ from sqlalchemy.orm import Session, object_session
 from pgqueue import store
 from pgqueue.config import DEFAULT_QUEUE, DEFAULT_SCHEMA, checked_lease, checked_schema, url_from_environment
 from pgqueue.dialect import POSTGRESQL, checked_dialect, now, seconds_from_now
-from pgqueue.engine import errors_explained, make_async_engine, make_engine, parse_url, reading
+from pgqueue.engine import end_if_frozen, errors_explained, make_async_engine, make_engine, parse_url, reading
 from pgqueue.errors import ClaimLost, ConfigurationError, InvalidPayload, TaskNotFound, WrongSession
 from pgqueue.executor import MESSAGE_CHARACTERS_MAX, clean, describe
 from pgqueue.job import (
@@ -72,6 +72,9 @@ LIMIT_MAX = 2**31 - 1
 
 #: Moments outside of these are a mistake, and some could be stored but not be read again.
 RUN_AT_MIN, RUN_AT_MAX = datetime(1970, 1, 1, tzinfo=UTC), datetime(9000, 1, 1, tzinfo=UTC)
+
+#: After so long the server ends the transaction of a claim, or of its end, in which a process froze.
+FROZEN_SECONDS = 30.0
 
 #: The policy behind a `nack` with an error: what a task without settings of its own has.
 _DEFAULT_RETRY = Retry()
@@ -206,9 +209,15 @@ class PgQueue:
         with errors_explained(self.url), reading(self.engine) as connection:
             yield connection
 
+    def _run(self, work: Callable[[sa.Connection], T]) -> T:
+        with self.begin() as connection:
+            end_if_frozen(connection, FROZEN_SECONDS)
+            return work(connection)
+
     async def _run_async(self, work: Callable[[sa.Connection], T]) -> T:
         with errors_explained(self.url):
             async with self.async_engine.begin() as connection:
+                await connection.run_sync(end_if_frozen, FROZEN_SECONDS)
                 return await connection.run_sync(work)
 
     # Tasks
@@ -322,8 +331,7 @@ class PgQueue:
 
         First takes back claims that have expired, so that what a dead consumer held is among the result.
         """
-        with self.begin() as connection:
-            return self._claim(connection, worker, queue, limit, lease)
+        return self._run(lambda connection: self._claim(connection, worker, queue, limit, lease))
 
     async def claim_async(
         self, worker: str, *, queue: str = DEFAULT_QUEUE, limit: int = 1, lease: float | timedelta = 30.0
@@ -409,9 +417,7 @@ class PgQueue:
     def extend(self, jobs: ClaimedJob | Iterable[ClaimedJob], *, lease: float | timedelta = 30.0) -> None:
         """Hold the jobs for `lease` more seconds from now. Raises ClaimLost, naming those that are held no more."""
         chosen = _as_list(jobs)
-        with self.begin() as connection:
-            held = self._extend(connection, chosen, lease)
-        _require_written(chosen, held)
+        _require_written(chosen, self._run(lambda connection: self._extend(connection, chosen, lease)))
 
     async def extend_async(self, jobs: ClaimedJob | Iterable[ClaimedJob], *, lease: float | timedelta = 30.0) -> None:
         chosen = _as_list(jobs)
@@ -434,8 +440,7 @@ class PgQueue:
             _, connection = open_transaction(session, call)
             written = self._write(connection, chosen, outcome, delay)
         else:
-            with self.begin() as connection:
-                written = self._write(connection, chosen, outcome, delay)
+            written = self._run(lambda connection: self._write(connection, chosen, outcome, delay))
         _require_written(chosen, written)
 
     async def _finish_async(

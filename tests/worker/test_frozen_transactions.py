@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable
 
 import pytest
 import sqlalchemy as sa
+from jobs import add
 from sqlalchemy import event
 from support import PATIENCE_SECONDS, scalar, wait_for
 from working import enqueue, wait_for_status, working
 
-from pgqueue import PgQueue, Retry
+from pgqueue import DatabaseUnreachable, PgQueue, Retry, client
 from pgqueue.engine import make_engine
+
+STATE = "SELECT state FROM pg_stat_activity WHERE pid = :pid"
 
 
 class Freeze:
@@ -55,12 +59,11 @@ def test_rows_locked_by_a_worker_that_freezes_are_free_again_after_its_lease(
         pass
 
     bystander = make_engine(pg_url)
-    state = "SELECT state FROM pg_stat_activity WHERE pid = :pid"
     job_id = enqueue(work)
     with Freeze(pg.engine, f"pgqueue-{duty}") as freeze, working(pg, lease=0.6):
         pid = freeze.pid()
-        assert scalar(bystander, state, pid=pid) == "idle in transaction"
-        wait_for(lambda: scalar(bystander, state, pid=pid) is None, "the server to end the frozen transaction")
+        assert scalar(bystander, STATE, pid=pid) == "idle in transaction"
+        wait_for(lambda: scalar(bystander, STATE, pid=pid) is None, "the server to end the frozen transaction")
         freeze.end()
         wait_for_status(pg, job_id, "completed")
 
@@ -78,3 +81,38 @@ def test_a_transactional_task_works_with_the_shortest_and_with_a_very_long_lease
         wait_for(lambda: pg.get_job(job_id).finished_at, "the job to end")
 
     assert pg.get_job(job_id).status == "completed"
+
+
+@pytest.mark.parametrize("call", ["claim", "extend", "ack", "nack"])
+def test_rows_locked_by_a_consumer_that_freezes_are_free_again_after_a_while(
+    pg: PgQueue, pg_url: str, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "FROZEN_SECONDS", 0.2)
+    bystander = PgQueue(pg_url)
+    add(pg, 2)
+    (job,) = pg.claim("consumer-1")
+    calls: dict[str, Callable[[], object]] = {
+        "claim": lambda: pg.claim("consumer-1"),
+        "extend": lambda: pg.extend(job),
+        "ack": lambda: pg.ack(job),
+        "nack": lambda: pg.nack(job, error="no"),
+    }
+    errors: list[Exception] = []
+
+    def consume() -> None:
+        try:
+            calls[call]()
+        except DatabaseUnreachable as error:
+            errors.append(error)
+
+    consumer = threading.Thread(target=consume, name="consumer")
+    with Freeze(pg.engine, "consumer") as freeze:
+        consumer.start()
+        pid = freeze.pid()
+        wait_for(lambda: scalar(bystander.engine, STATE, pid=pid) is None, "the server to end the frozen transaction")
+    consumer.join()
+
+    assert len(errors) == 1
+    bystander.ack(job)
+    assert len(bystander.claim("consumer-2")) == 1
+    bystander.dispose()
