@@ -56,6 +56,9 @@ INSERT_BYTES_MAX = 8 * 1024 * 1024
 #: How often an enqueue looks again when the job that has its unique key finishes at that very moment.
 CONFLICT_ROUNDS_MAX = 5
 
+#: The last number of an attempt that the column can hold.
+ATTEMPT_MAX: sa.ColumnClause[int] = sa.literal_column("2147483647")
+
 Claim = tuple[int, uuid.UUID]  # a job's id and the token it was claimed with
 
 
@@ -309,7 +312,8 @@ def _claim(tables: Tables, of_tasks: bool) -> sa.Update:
             claim_token=sa.bindparam("token", type_=sa.Uuid()),
             claimed_at=now(),
             claim_expires_at=seconds_from_now(sa.bindparam("lease", type_=sa.Float())),
-            attempt=jobs.c.attempt + sa.literal_column("1"),
+            # A row that plain SQL brought to the last number must not stop the claims of its queue.
+            attempt=sa.case((jobs.c.attempt < ATTEMPT_MAX, jobs.c.attempt + sa.literal_column("1")), else_=ATTEMPT_MAX),
         )
         .returning(
             jobs.c.id,

@@ -19,7 +19,8 @@ WITH RECURSIVE lane(priority) AS (
     WHERE lane.priority IS NOT NULL)
 UPDATE pgqueue.jobs
 SET status='running', claimed_by=%(worker)s::VARCHAR, claim_token=%(token)s::UUID, claim_expires_at=now() +
-    make_interval(secs => CAST(%(lease)s AS double precision)), attempt=(pgqueue.jobs.attempt + 1), claimed_at=now()
+    make_interval(secs => CAST(%(lease)s AS double precision)), attempt=CASE WHEN (pgqueue.jobs.attempt < 2147483647)
+    THEN pgqueue.jobs.attempt + 1 ELSE 2147483647 END, claimed_at=now()
 WHERE pgqueue.jobs.id = ANY (ARRAY(
         SELECT due.id
         FROM lane

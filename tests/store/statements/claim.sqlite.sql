@@ -1,6 +1,7 @@
 UPDATE pgqueue_jobs
 SET status='running', claimed_by=?, claim_token=?, claim_expires_at=strftime('%Y-%m-%d %H:%M:%f', 'now', printf('%+.3f
-    seconds', ?)), attempt=(pgqueue_jobs.attempt + 1), claimed_at=strftime('%Y-%m-%d %H:%M:%f', 'now')
+    seconds', ?)), attempt=CASE WHEN (pgqueue_jobs.attempt < 2147483647) THEN pgqueue_jobs.attempt + 1 ELSE 2147483647
+    END, claimed_at=strftime('%Y-%m-%d %H:%M:%f', 'now')
 WHERE pgqueue_jobs.id IN (
     SELECT pgqueue_jobs.id
     FROM pgqueue_jobs
