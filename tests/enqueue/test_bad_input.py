@@ -268,6 +268,17 @@ def test_a_unique_key_for_many_jobs(pgq: PgQueue) -> None:
         external(pgq).using(unique_key="a").enqueue_many(connection, [{"n": 1}])
 
 
+def test_a_naive_moment_given_to_the_mapped_class_is_refused_and_not_guessed(pgq: PgQueue) -> None:
+    before = everything(pgq)
+    naive = datetime(2030, 1, 1)  # noqa: DTZ001 — under test
+    with Session(pgq.engine) as session:
+        session.add(pgq.Job(task="work", payload={}, run_at=naive))
+        with pytest.raises(sa.exc.StatementError, match="says its time zone, got the naive"):
+            session.commit()
+
+    assert everything(pgq) == before
+
+
 def test_the_earliest_and_the_latest_moment_that_are_taken_can_be_read_back(pgq: PgQueue) -> None:
     moments = [datetime(1970, 1, 1, tzinfo=UTC), datetime(8999, 12, 31, 23, tzinfo=timezone(timedelta(hours=14)))]
 
