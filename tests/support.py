@@ -22,7 +22,7 @@ T = TypeVar("T")
 PATIENCE_SECONDS = 60.0
 
 
-def wait_for(condition: Callable[[], T], what: str, *, timeout: float = PATIENCE_SECONDS) -> T:
+def wait_for(condition: Callable[[], T], what: str, *, timeout: float = PATIENCE_SECONDS, every: float = 0.01) -> T:
     """Call `condition` until it is true, and return what it returned. Fails naming `what` it waited for."""
     deadline = time.monotonic() + timeout
     while True:
@@ -31,7 +31,7 @@ def wait_for(condition: Callable[[], T], what: str, *, timeout: float = PATIENCE
             return value
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {timeout:g} s in vain for {what}")
-        time.sleep(0.01)
+        time.sleep(every)
 
 
 def scalar(engine: sa.Engine, sql: str, **parameters: Any) -> Any:

@@ -213,12 +213,16 @@ ROLES: dict[str, Callable[[dict[str, Any]], int]] = {"worker": work, "enqueuer":
 
 def nursery() -> None:
     """Answers each line of JSON on standard input with one on standard output. Its children die with it."""
+    build("postgresql://nowhere/nothing").dispose()  # what that imports, its children need not
+    started: set[int] = set()
     codes: dict[int, int] = {}
     for line in sys.stdin:
         request = json.loads(line)
         match request["do"]:
             case "start":
                 answer: int | None = _fork(request)
+                started.add(answer)
+                codes.pop(answer, None)  # of an earlier process with the same number
             case "signal":
                 os.kill(request["pid"], request["number"])
                 answer = None
@@ -231,6 +235,8 @@ def nursery() -> None:
             case "wait":
                 answer = _wait(request["pid"], codes, 0)
         print(json.dumps(answer), flush=True)
+    for pid in started - codes.keys():
+        os.kill(pid, signal.SIGKILL)
 
 
 def _fork(request: dict[str, Any]) -> int:

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 
 from faults.fleet import Fleet, Member
 from sqlalchemy.orm import Session
-from support import rows, scalar, wait_for
+from support import PATIENCE_SECONDS, rows, scalar, wait_for
 
 from pgqueue import PgQueue
+
+#: Between two looks at how far a load is: counting its jobs is a load itself.
+LOOK_SECONDS = 0.05
 
 
 def enqueue_load(pgq: PgQueue, count: int, *, seconds: float = 0.02) -> list[int]:
@@ -30,6 +33,10 @@ def completed(pgq: PgQueue) -> int:
     return statuses(pgq).get("completed", 0)
 
 
+def wait_until_completed(pgq: PgQueue, count: int, what: str, *, timeout: float = PATIENCE_SECONDS) -> None:
+    wait_for(lambda: completed(pgq) >= count, what, timeout=timeout, every=LOOK_SECONDS)
+
+
 def statuses(pgq: PgQueue) -> dict[str, int]:
     """How many jobs have each status."""
     counts = rows(pgq.engine, f"SELECT status, count(*) AS count FROM {jobs_table(pgq)} GROUP BY status")
@@ -43,7 +50,7 @@ def unfinished(pgq: PgQueue) -> int:
 
 
 def wait_until_all_final(pgq: PgQueue) -> None:
-    wait_for(lambda: unfinished(pgq) == 0, "all jobs to be final")
+    wait_for(lambda: unfinished(pgq) == 0, "all jobs to be final", every=LOOK_SECONDS)
 
 
 def held_by(pgq: PgQueue, worker: Member) -> int:

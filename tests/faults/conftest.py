@@ -7,15 +7,22 @@ from pathlib import Path
 
 import pytest
 from faults import app
-from faults.fleet import Fleet
+from faults.fleet import Fleet, Nursery
 
 from pgqueue import PgQueue
 
 MakeFleet = Callable[[str], tuple[PgQueue, Fleet]]
 
 
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    started = Nursery(tmp_path_factory.mktemp("nursery"))
+    yield started
+    started.close()
+
+
 @pytest.fixture
-def make_fleet(tmp_path: Path) -> Iterator[MakeFleet]:
+def make_fleet(nursery: Nursery, tmp_path: Path) -> Iterator[MakeFleet]:
     """Makes the application on a database: its queue for the test itself, and a fleet."""
     made: list[tuple[PgQueue, Fleet]] = []
 
@@ -24,7 +31,7 @@ def make_fleet(tmp_path: Path) -> Iterator[MakeFleet]:
         app.metadata.create_all(pgq.engine)
         folder = tmp_path / f"fleet-{len(made)}"
         folder.mkdir()
-        made.append((pgq, Fleet(url, folder)))
+        made.append((pgq, Fleet(nursery, url, folder)))
         return made[-1]
 
     yield make

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,11 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **more}
 
 
-class Fleet:
-    """Processes of one application on one database."""
+class Nursery:
+    """The process that forks those of all fleets."""
 
-    def __init__(self, url: str, folder: Path) -> None:
-        self.url = url
-        self.gates = folder / "gates"
-        self.gates.mkdir()
-        self.members: list[Member] = []
-        self._folder = folder
-        self._nursery = subprocess.Popen(
+    def __init__(self, folder: Path) -> None:
+        self._process = subprocess.Popen(
             [sys.executable, "-m", "faults.app", "nursery"],
             cwd=folder,
             env=environment(),
@@ -42,6 +36,32 @@ class Fleet:
             stdout=subprocess.PIPE,
             text=True,
         )
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+class Fleet:
+    """Processes of one application on one database."""
+
+    def __init__(self, nursery: Nursery, url: str, folder: Path) -> None:
+        self.url = url
+        self.gates = folder / "gates"
+        self.gates.mkdir()
+        self.members: list[Member] = []
+        self.ask = nursery.ask
+        self._folder = folder
 
     def options(self, **config: Any) -> dict[str, Any]:
         """What a worker process is told."""
@@ -73,22 +93,9 @@ class Fleet:
         """What all processes wrote, for the message of a failure."""
         return "\n".join(f"--- {member.log.name}\n{member.output()[-3000:]}" for member in self.members)
 
-    def ask(self, request: dict[str, Any]) -> Any:
-        assert self._nursery.stdin is not None
-        assert self._nursery.stdout is not None
-        self._nursery.stdin.write(json.dumps(request) + "\n")
-        self._nursery.stdin.flush()
-        return json.loads(self._nursery.stdout.readline())
-
     def close(self) -> None:
         for member in self.members:
-            with suppress(ProcessLookupError):
-                member.kill()
-        assert self._nursery.stdin is not None
-        assert self._nursery.stdout is not None
-        self._nursery.stdin.close()
-        self._nursery.wait()
-        self._nursery.stdout.close()
+            member.kill()
 
 
 class Member:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 from faults import ledger
-from faults.campaign import completed, enqueue_load, statuses, unfinished, wait_until_all_final
+from faults.campaign import enqueue_load, statuses, unfinished, wait_until_all_final, wait_until_completed
 from faults.fleet import Fleet
 from faults.proxy import Fault, Message, proxy
 from sqlalchemy.orm import Session
@@ -23,18 +23,18 @@ def test_ending_every_connection_of_the_workers_again_and_again_loses_nothing_an
     pg_fleet: tuple[PgQueue, Fleet],
 ) -> None:
     pgq, fleet = pg_fleet
-    ids = enqueue_load(pgq, 1_000)
+    ids = enqueue_load(pgq, 600)
     workers = fleet.workers(3)
     ended = []
 
-    for strike in range(1, 21):
-        wait_for(lambda strike=strike: completed(pgq) >= 40 * strike, f"progress before strike {strike}")
+    for strike in range(1, 13):
+        wait_until_completed(pgq, 40 * strike, f"progress before strike {strike}")
         ended.append(scalar(pgq.engine, END_CONNECTIONS_OF_WORKERS))
     wait_until_all_final(pgq)
 
     assert min(ended) >= len(workers)
     assert sum(ended) >= 5 * len(workers) * len(ended), "claimer, finisher, heartbeat, sweeper and listener"
-    assert statuses(pgq) == {"completed": 1_000}
+    assert statuses(pgq) == {"completed": 600}
     assert ledger.audit(pgq, acknowledged=ids) == []
     assert all(worker.alive for worker in workers)
 
@@ -134,7 +134,7 @@ def test_connections_cut_at_any_message_lose_nothing_repeat_no_effect_and_leave_
     pg_fleet: tuple[PgQueue, Fleet], fault: Fault
 ) -> None:
     pgq, fleet = pg_fleet
-    ids = enqueue_load(pgq, 200, seconds=0.0)
+    ids = enqueue_load(pgq, 100, seconds=0.0)
     cut_at = cuts(random.Random(9))
 
     def cut_now_and_then(message: Message) -> Fault:
@@ -148,7 +148,7 @@ def test_connections_cut_at_any_message_lose_nothing_repeat_no_effect_and_leave_
 
     assert code == 0
     assert between.faults >= 20
-    assert statuses(pgq) == {"completed": 200}
+    assert statuses(pgq) == {"completed": 100}
     assert ledger.audit(pgq, acknowledged=ids) == []
 
 

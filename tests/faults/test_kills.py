@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from faults import ledger
-from faults.campaign import completed, enqueue_load, freeze_a_busy_one, statuses, wait_until_all_final
+from faults.campaign import enqueue_load, freeze_a_busy_one, statuses, wait_until_all_final, wait_until_completed
 from faults.fleet import Fleet
 from sqlalchemy.orm import Session
 from support import rows, scalar, wait_for
@@ -25,7 +25,7 @@ def test_fifty_workers_killed_in_the_middle_of_their_jobs_lose_nothing_and_repea
     chance = random.Random(50)
 
     for kill in range(1, KILLS + 1):
-        wait_for(lambda kill=kill: completed(pgq) >= 30 * kill, f"progress before kill {kill}")
+        wait_until_completed(pgq, 30 * kill, f"progress before kill {kill}")
         victim = freeze_a_busy_one(pgq, workers, chance)
         victim.kill()
         workers.remove(victim)
@@ -70,7 +70,7 @@ def test_after_enqueuers_were_killed_at_random_a_job_exists_exactly_if_its_busin
     workers = fleet.workers(1)
     chance = random.Random(8)
 
-    for _ in range(20):
+    for _ in range(12):
         enqueuers = [fleet.enqueuer() for _ in range(2)]
         goal = placed(pgq) + chance.randrange(1, 12)
         wait_for(lambda goal=goal: placed(pgq) >= goal, "new orders")
@@ -81,7 +81,7 @@ def test_after_enqueuers_were_killed_at_random_a_job_exists_exactly_if_its_busin
     assert ledger.audit_orders(pgq) == []
     assert ledger.audit(pgq) == []
     interrupted = scalar(pgq.engine, "SELECT last_value FROM orders_id_seq") - placed(pgq)
-    assert interrupted >= 10, "kills in the middle of a transaction"
+    assert interrupted >= 6, "kills in the middle of a transaction"
     assert workers[0].alive
 
 

@@ -9,14 +9,14 @@ import pgserver
 import pytest
 import sqlalchemy as sa
 from faults import ledger
-from faults.campaign import completed, statuses, wait_until_all_final
+from faults.campaign import completed, statuses, wait_until_all_final, wait_until_completed
 from faults.conftest import MakeFleet
 from sqlalchemy.orm import Session
-from support import scalar, wait_for
+from support import scalar
 
 from pgqueue import DatabaseUnreachable, PgQueue, migration
 
-RESTARTS = 4
+RESTARTS = 3
 
 
 @pytest.fixture
@@ -41,10 +41,10 @@ def test_a_server_that_crashes_under_load_keeps_every_acknowledged_job_and_repea
     with Enqueuer(pgq) as enqueuer:
         for restart in range(1, RESTARTS + 1):
             seen = completed(pgq)
-            wait_for(lambda seen=seen: completed(pgq) >= seen + 100, f"progress before restart {restart}")
+            wait_until_completed(pgq, seen + 100, f"progress before restart {restart}")
             durable_server.restart_immediately()
             before = completed(pgq)
-            wait_for(lambda before=before: completed(pgq) > before, f"progress after restart {restart}", timeout=15)
+            wait_until_completed(pgq, before + 1, f"progress after restart {restart}", timeout=15)
     wait_until_all_final(pgq)
 
     assert scalar(pgq.engine, "SELECT setting FROM pg_settings WHERE name = 'fsync'") == "on"

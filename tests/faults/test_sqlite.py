@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import sqlalchemy as sa
 from faults import ledger
-from faults.campaign import completed, enqueue_load, held_by, statuses, wait_until_all_final
+from faults.campaign import completed, enqueue_load, held_by, statuses, wait_until_all_final, wait_until_completed
 from faults.conftest import MakeFleet
 from sqlalchemy.orm import Session
 from support import scalar, wait_for
@@ -30,7 +30,7 @@ def test_killing_some_of_eight_processes_on_one_file_loses_nothing_and_repeats_n
     chance = random.Random(6)
 
     wait_for(lambda: scalar(pgq.engine, "SELECT count(*) FROM runs WHERE job_id = :id", id=held), "the held job to run")
-    wait_for(lambda: completed(pgq) >= JOBS // 4, "progress before the first kill")
+    wait_until_completed(pgq, JOBS // 4, "progress before the first kill")
     holder = next(worker for worker in workers if f":{worker.pid}:" in str(pgq.get_job(held).claimed_by))
     others = chance.sample([worker for worker in workers if worker is not holder], 2)
     for victim in (holder, *others):
