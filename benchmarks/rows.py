@@ -34,7 +34,7 @@ class Scale:
 FULL = Scale(
     jobs=50_000,
     single=1_000,
-    blocks=12,
+    blocks=24,
     pickups=300,
     part=20_000,
     long_backlog=1_000_000,
@@ -46,7 +46,7 @@ FULL = Scale(
 QUICK = Scale(
     jobs=20_000,
     single=300,
-    blocks=6,
+    blocks=10,
     pickups=100,
     part=10_000,
     long_backlog=200_000,

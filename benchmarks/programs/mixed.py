@@ -4,7 +4,7 @@ transactions that commit late.
     pgqueue worker mixed:pgq
     python mixed.py feed URL '{"seconds": 120, "ahead": 20000}'
 
-Prints {"jobs", "late_from", "late": [[number, microseconds of its commit], …]}: jobs from that number on were
+Prints {"jobs", "began", "late_from", "late": [[number, microseconds of its commit], …]}: jobs from that number on were
 committed late.
 """
 
@@ -24,6 +24,7 @@ from sqlalchemy.orm import Session
 from pgqueue import PgQueue, Retry
 
 CHUNK = 1_000
+WAIT_SECONDS = 0.005
 FAILING = 50  #: one of so many fails at its first attempt
 LATE_FROM = 8_000_000
 LATE_JOBS = 100
@@ -46,6 +47,12 @@ def mixed(n: int) -> None:
 
 def feed(url: str, seconds: float, ahead: int) -> dict[str, object]:
     pgq.connect_to(url)
+    session = Session(create_engine(url))
+    mixed.enqueue_many(session, [{"n": n} for n in range(CHUNK)])
+    session.commit()
+    while not runs_so_far():
+        time.sleep(WAIT_SECONDS)
+    jobs, began = CHUNK, recorder.microseconds()
     until = time.monotonic() + seconds
     late: list[tuple[int, int]] = []
     others = [
@@ -54,19 +61,18 @@ def feed(url: str, seconds: float, ahead: int) -> dict[str, object]:
     ]
     for thread in others:
         thread.start()
-    jobs = 0
-    with Session(create_engine(url)) as session:
+    with session:
         while time.monotonic() < until:
             if jobs - runs_so_far() < ahead:
                 mixed.enqueue_many(session, [{"n": n} for n in range(jobs, jobs + CHUNK)])
                 session.commit()
                 jobs += CHUNK
             else:
-                time.sleep(0.005)
+                time.sleep(WAIT_SECONDS)
     for thread in others:
         thread.join()
     pgq.dispose()
-    return {"jobs": jobs, "late_from": LATE_FROM, "late": late}
+    return {"jobs": jobs, "began": began, "late_from": LATE_FROM, "late": late}
 
 
 def commit_late(url: str, until: float, late: list[tuple[int, int]]) -> None:

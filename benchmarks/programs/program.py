@@ -113,7 +113,10 @@ def pickup(producer: Producer, gaps: list[float]) -> Any:
 
 
 def feed(producer: Producer, seconds: float, ahead: int, chunk: int) -> Any:
-    jobs = 0
+    producer.many(range(chunk))
+    while not runs_so_far():
+        time.sleep(FULL_WAIT_SECONDS)
+    jobs, began = chunk, microseconds()
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if jobs - runs_so_far() < ahead:
@@ -121,7 +124,7 @@ def feed(producer: Producer, seconds: float, ahead: int, chunk: int) -> Any:
             jobs += chunk
         else:
             time.sleep(FULL_WAIT_SECONDS)
-    return {"jobs": jobs}
+    return {"jobs": jobs, "began": began}
 
 
 SYNC_VERBS = {"bulk": bulk, "single": single, "pickup": pickup, "feed": feed}
@@ -155,7 +158,10 @@ async def pickup_async(producer: AsyncProducer, gaps: list[float]) -> Any:
 
 
 async def feed_async(producer: AsyncProducer, seconds: float, ahead: int, chunk: int) -> Any:
-    jobs = 0
+    await producer.many(range(chunk))
+    while not runs_so_far():
+        await asyncio.sleep(FULL_WAIT_SECONDS)
+    jobs, began = chunk, microseconds()
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if jobs - runs_so_far() < ahead:
@@ -163,7 +169,7 @@ async def feed_async(producer: AsyncProducer, seconds: float, ahead: int, chunk:
             jobs += chunk
         else:
             await asyncio.sleep(FULL_WAIT_SECONDS)
-    return {"jobs": jobs}
+    return {"jobs": jobs, "began": began}
 
 
 ASYNC_VERBS = {"bulk": bulk_async, "single": single_async, "pickup": pickup_async, "feed": feed_async}

@@ -95,8 +95,11 @@ const verbs = {
   },
 
   async feed(producer, { seconds, ahead, chunk }) {
-    let jobs = 0;
-    const until = microseconds() + seconds * 1e6;
+    await producer.many(range(0, chunk));
+    while (!runsSoFar()) await sleep(FULL_WAIT_MILLISECONDS);
+    let jobs = chunk;
+    const began = microseconds();
+    const until = began + seconds * 1e6;
     while (microseconds() < until) {
       if (jobs - runsSoFar() < ahead) {
         await producer.many(range(jobs, jobs + chunk));
@@ -105,7 +108,7 @@ const verbs = {
         await sleep(FULL_WAIT_MILLISECONDS);
       }
     }
-    return { jobs };
+    return { jobs, began };
   },
 };
 

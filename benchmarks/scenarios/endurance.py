@@ -35,23 +35,25 @@ def endure(bench: Bench, system: System, scale: Scale) -> Metrics:
     ):
         environ = {"BENCH_RECORDS": str(workers.folder)}
         options = {"seconds": scale.endurance_seconds, "ahead": AHEAD, "chunk": CHUNK}
-        jobs = bench.run(system, database, "feed", environ, **options)["jobs"]
-        workers.wait_for_runs(jobs)
+        told = bench.run(system, database, "feed", environ, **options)
+        workers.wait_for_runs(told["jobs"])
         records = workers.records()
-    records.require_exactly_once(jobs)
-    return by_window(records, scale)
+    records.require_exactly_once(told["jobs"])
+    return by_window(records, told["began"], scale)
 
 
-def by_window(records: Records, scale: Scale) -> Metrics:
+def by_window(records: Records, began: int, scale: Scale) -> Metrics:
     count = int(scale.endurance_seconds // WINDOW_SECONDS)
-    rates = [0.0] * count
-    began = records.runs[0][0]
+    counts = [0] * count
     for at, _ in records.runs:
         number = (at - began) // (WINDOW_SECONDS * 1_000_000)
-        if number < count:
-            rates[number] += 1 / WINDOW_SECONDS
+        if 0 <= number < count:
+            counts[number] += 1
     if count < 2:
         raise Refused(f"{scale.endurance_seconds} s are too short to compare their first and last {WINDOW_SECONDS}")
+    rates = [runs / WINDOW_SECONDS for runs in counts]
+    if not rates[0]:
+        raise Refused(f"nothing ran in the first {WINDOW_SECONDS} s")
     return {
         FIRST: rates[0],
         LAST: rates[-1],
@@ -85,7 +87,7 @@ def endure_mixed(bench: Bench, system: System, scale: Scale) -> Metrics:
     for at, number in records.runs:
         first_runs.setdefault(number, at)
     late = max((first_runs[number] - at) / 1e6 for number, at in told["late"])
-    return {**by_window(records, scale), LATE: late, OTHERS: float(waited)}
+    return {**by_window(records, told["began"], scale), LATE: late, OTHERS: float(waited)}
 
 
 ROWS = (
