@@ -275,7 +275,7 @@ def errors_explained(url: sa.URL) -> Iterator[None]:
 def explain(error: exc.DBAPIError, url: sa.URL) -> PgqueueError | None:
     """The error that this database error amounts to, or None when it is none of the known ones."""
     where = describe_url(url)
-    message = _first_line(error)
+    message = first_line(error)
     sqlstate = getattr(error.orig, "sqlstate", None) or ""
     if sqlstate in ("42P01", "3F000") or "no such table" in message:
         return SchemaMissing(f"pgqueue's tables are not in {where}; create them with: pgqueue db upgrade")
@@ -331,7 +331,7 @@ def is_transient(error: BaseException) -> bool:
     return sqlstate in ("40P01", "40001", "55P03", "57014", "0A000") or sqlstate[:2] in ("53", "58")
 
 
-def _first_line(error: exc.DBAPIError) -> str:
+def first_line(error: exc.DBAPIError) -> str:
     """What the driver said, in one line; a connection string that it quotes is left out."""
     text = str(error.orig).strip()
     line = text.splitlines()[0] if text else type(error.orig).__name__

@@ -14,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import event
 
-from pgqueue.engine import describe_url, end_if_frozen, explain, is_disconnect, is_transient
+from pgqueue.engine import describe_url, end_if_frozen, explain, first_line, is_disconnect, is_transient
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +46,7 @@ class Outage:
             if first:
                 self._began = time.monotonic()
         if first:
-            explained = explain(error, self._url) if isinstance(error, sa.exc.DBAPIError) else None
-            what = explained or f"{describe_url(self._url)}: {type(error).__name__}"
-            logger.warning("the database cannot be used, trying again until it can: %s", what)
+            logger.warning("the database cannot be used, trying again until it can: %s", self._explain(error))
 
     def overcome(self, loop: str) -> None:
         with self._lock:
@@ -56,6 +54,11 @@ class Outage:
             self._stuck.discard(loop)
         if over:
             logger.warning("the database can be used again, after %.1f s", time.monotonic() - self._began)
+
+    def _explain(self, error: Exception) -> object:
+        if not isinstance(error, sa.exc.DBAPIError):
+            return f"{describe_url(self._url)}: {type(error).__name__}"
+        return explain(error, self._url) or f"{describe_url(self._url)}: {first_line(error)}"
 
 
 class DatabaseLoop(threading.Thread):

@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
-from support import execute, scalar
-from working import drain
+from support import execute, scalar, wait_for
+from working import drain, enqueue, wait_for_status, working
 
 from pgqueue import ClaimedJob, PgQueue, Retry
 from pgqueue.engine import make_engine
@@ -95,9 +95,46 @@ def test_a_statement_that_took_too_long_is_not_called_an_unreachable_database(pg
     impatient.dispose()
 
 
+def test_a_worker_on_a_read_only_server_says_so_and_works_when_that_is_over(
+    pg: PgQueue, pg_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    @pg.task
+    def work() -> None: ...
+
+    job_id = enqueue(work)
+    pg.dispose()
+    change(pg_url, "default_transaction_read_only", "on")
+    with working(pg):
+        wait_for(lambda: "in a read-only transaction" in caplog.text, "the worker to complain")
+        change(pg_url, "default_transaction_read_only", "off")
+        job = wait_for_status(pg, job_id, "completed")
+
+    assert (job.attempt, job.retries) == (1, 0)
+
+
+def test_a_worker_whose_statements_take_too_long_says_so_and_works_when_that_is_over(
+    pg: PgQueue, pg_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    @pg.task
+    def work() -> None: ...
+
+    job_id = enqueue(work)
+    pg.dispose()
+    bystander = make_engine(pg_url)
+    with bystander.begin() as connection:
+        connection.exec_driver_sql("LOCK TABLE pgqueue.jobs")
+        change(pg_url, "statement_timeout", "200ms")
+        with working(pg):
+            wait_for(lambda: "canceling statement due to statement timeout" in caplog.text, "the worker to complain")
+            connection.rollback()
+            job = wait_for_status(pg, job_id, "completed")
+    bystander.dispose()
+
+    assert (job.attempt, job.retries) == (1, 0)
+
+
 def change(url: str, name: str, value: str) -> None:
     """Set it for all connections to come."""
-    engine = make_engine(url)
-    assert engine.url.database is not None
+    engine = sa.create_engine(url, connect_args={"options": "-c default_transaction_read_only=off"})
     execute(engine, f"ALTER DATABASE {engine.url.database} SET {name} = '{value}'")
     engine.dispose()
