@@ -80,12 +80,12 @@ def _draw_curves(axis: Any, row: Row, samples: Samples) -> None:
 
 
 def _medians(row: Row, samples: Samples) -> dict[str, float]:
-    medians = ((name, samples.median(row, (name, row.metrics[0]))) for name in row.systems)
+    medians = ((name, samples.median(row, (name, row.metrics[0]))) for name in row.systems if name not in row.unplotted)
     return {name: median for name, median in medians if median is not None}
 
 
 def _label(name: str) -> str:
-    return name if SYSTEMS[name].keeps_history else f"{name}\n(no history)"
+    return name if SYSTEMS[name].keeps_history else f"{name} (no history)"
 
 
 def _colour(name: str) -> str:

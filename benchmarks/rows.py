@@ -87,6 +87,7 @@ class Row:
     samples_of: int | None = None  #: another row; its samples are judged, and none are taken
     lower_is_better: bool = False
     plotted: bool = False  #: a panel of bars by system
+    unplotted: tuple[str, ...] = ()  #: systems that would dwarf the rest in it
     curve: bool = False  #: a panel of curves over time, of the metrics that are named like `window`
 
 

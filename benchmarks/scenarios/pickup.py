@@ -54,5 +54,6 @@ ROWS = (
         ),
         lower_is_better=True,
         plotted=True,
+        unplotted=("pgqueue-polling",),
     ),
 )
