@@ -378,13 +378,13 @@ def test_a_signal_during_the_schema_check_stops_the_worker_after_it(
 
     job_id = enqueue(works)
     worker = Worker(pgq)
-    check = worker._require_schema
+    check = worker._require_database
 
     def interrupted_check() -> None:
         signal.raise_signal(signal.SIGTERM)
         check()
 
-    monkeypatch.setattr(worker, "_require_schema", interrupted_check)
+    monkeypatch.setattr(worker, "_require_database", interrupted_check)
     before = signal.signal(signal.SIGTERM, lambda *_: worker.stop())
     try:
         worker.run()
