@@ -592,7 +592,7 @@ class PgQueue:
             raise ConfigurationError(f"name at least one status whose jobs can be pruned: {', '.join(final)}")
         for status in statuses:
             if status not in final:
-                raise ConfigurationError(f"only {', '.join(final)} jobs can be pruned, got {status!r}")
+                raise ConfigurationError(f"only {', '.join(final)} jobs can be pruned, got {str(status)!r}")
         total = 0
         after_id: int | None = 0
         while after_id is not None:

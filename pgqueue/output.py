@@ -131,9 +131,15 @@ def print_error(text: str) -> None:
     _write(sys.stderr, printable(redact(text)))
 
 
-def _write(file: TextIO, text: str) -> None:
+def ask(question: str) -> bool:
+    """Ask on stderr, so that stdout has nothing but data; whether the answer is yes."""
+    _write(sys.stderr, printable(redact(f"{question} [y/N] ")), end="")
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _write(file: TextIO, text: str, end: str = "\n") -> None:
     encoding = file.encoding or "utf-8"
-    file.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    file.write(text.encode(encoding, "backslashreplace").decode(encoding) + end)
     file.flush()
 
 
@@ -257,16 +263,18 @@ class LogFormatter(logging.Formatter):
 
 
 @contextmanager
-def logging_to_stderr(level: int) -> Iterator[None]:
-    """Log to stderr from `level` on, as long as this lasts."""
-    root = logging.getLogger()
+def logging_to_stderr(level: int, alembic_level: int) -> Iterator[None]:
+    """Log to stderr from `level` on, as long as this lasts. Alembic has a level of its own: it tells of every step."""
+    root, alembic = logging.getLogger(), logging.getLogger("alembic")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LogFormatter())
-    before = root.level
+    before, alembic_before = root.level, alembic.level
     root.addHandler(handler)
     root.setLevel(level)
+    alembic.setLevel(alembic_level)
     try:
         yield
     finally:
         root.removeHandler(handler)
         root.setLevel(before)
+        alembic.setLevel(alembic_before)

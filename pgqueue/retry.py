@@ -132,7 +132,7 @@ def decide(job: ClaimedJob, outcome: Outcome, policy: Retry, random: float) -> T
                 JobStatus.DEAD,
                 EventType.DEAD,
                 error=error,
-                reason=f"failed with all {job.max_retries} retries used" if job.max_retries else "failed; no retries",
+                reason=f"{job.retries} of {job.max_retries} retries used" if job.max_retries else "no retries allowed",
             )
         case Discarded(reason, error):
             return become(JobStatus.DEAD, EventType.DEAD, error=error, reason=reason)

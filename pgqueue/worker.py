@@ -24,7 +24,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import sqlalchemy as sa
@@ -119,6 +119,10 @@ class WorkerReport:
             EventType.RELEASE: "released",
         }[transition.event]
         setattr(self, name, getattr(self, name) + 1)
+
+    def __str__(self) -> str:
+        counts = asdict(self).items()
+        return ", ".join(f"{count} {name}" for name, count in counts if count) or "nothing done"
 
 
 @dataclass(slots=True, eq=False)
@@ -614,7 +618,7 @@ class Worker:
         if transition.event in (EventType.RETRY, EventType.DEAD):
             logger.log(
                 logging.WARNING if transition.event is EventType.RETRY else logging.ERROR,
-                "task %s, job %d, attempt %d failed with %s: %s",
+                "task %s, job %d, attempt %d failed with %s; %s",
                 job.task,
                 job.id,
                 job.attempt,

@@ -14,6 +14,7 @@ from pgqueue.cli.program import FAILURE, Settings, app, command
 from pgqueue.client import PgQueue
 from pgqueue.engine import describe_url
 from pgqueue.errors import ConfigurationError, SchemaOutdated
+from pgqueue.output import ask
 
 database = typer.Typer(no_args_is_help=True)
 app.add_typer(database, name="db", help="Create and upgrade pgqueue's tables.")
@@ -43,7 +44,7 @@ def downgrade(
             if not sys.stdin.isatty():
                 raise ConfigurationError("a downgrade may delete data; confirm it with --yes")
             question = f"Downgrade {describe_url(pgq.url)}, schema {pgq.schema}, to {revision}? Data may be lost."
-            if not typer.confirm(question, err=True):
+            if not ask(question):
                 raise typer.Exit(FAILURE)
         migration.downgrade(pgq.engine, pgq.schema, revision)
         settings.printer().record(_revisions(pgq))

@@ -140,7 +140,8 @@ def _for_each(settings: Settings, job_ids: Iterable[int], status: str, change: C
             code = code or exit_code(error)
         else:
             changed.append({"id": job_id, "status": str(status)})
-    settings.printer().rows(changed, ("id", "status"))
+    if changed or settings.output is not None:
+        settings.printer().rows(changed, ("id", "status"))
     if code:
         raise typer.Exit(code)
 

@@ -224,7 +224,7 @@ def command(
         def run(context: typer.Context, **values: Any) -> None:
             given = Settings(**{field.name: values.pop(field.name) for field in dataclasses.fields(Settings)})
             settings = context.find_root().obj.overridden(given)
-            with logging_to_stderr(settings.level(log_level)):
+            with logging_to_stderr(settings.level(log_level), settings.level(logging.WARNING)):
                 function(settings, **values)
 
         _declare(run, [*own, *_global_options(environment=False)])

@@ -184,14 +184,14 @@ def test_the_allowance_is_the_jobs_own_not_the_policys() -> None:
     transition = decide(claimed(0, max_retries=0), Failed(BOOM), Retry(max_retries=9), random=0.5)
 
     assert transition.status is JobStatus.DEAD
-    assert transition.reason == "failed; no retries"
+    assert transition.reason == "no retries allowed"
 
 
 def test_reasons_tell_where_a_job_stands() -> None:
     policy = Retry(base=2, jitter=False)
 
     assert decide(claimed(1), Failed(BOOM), policy, 0.0).reason == "retry 2 of 3 in 4.0 s"
-    assert decide(claimed(3), Failed(BOOM), policy, 0.0).reason == "failed with all 3 retries used"
+    assert decide(claimed(3), Failed(BOOM), policy, 0.0).reason == "3 of 3 retries used"
 
 
 def test_a_snooze_and_a_release_carry_their_delay() -> None:

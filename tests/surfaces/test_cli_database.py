@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import sqlite3
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command import Command, write_application
-from support import scalar
+from command import Command, environment, program, write_application
+from support import execute, scalar
 
 from pgqueue import PgQueue, migration
 from pgqueue.engine import make_engine
@@ -263,6 +266,41 @@ def test_db_downgrade_wants_to_be_confirmed(url: str, pgq: PgQueue) -> None:
     assert "confirm it with --yes" in refused.stderr
     assert kept == 1
     assert "create them with: pgqueue db upgrade" in pgqueue("stats", code=6).stderr
+
+
+@pytest.mark.parametrize(("answer", "code", "left"), [("n", 1, True), ("y", 0, False)])
+def test_db_downgrade_asks_on_a_terminal(sqlite_url: str, folder: Path, answer: str, code: int, left: bool) -> None:
+    Command(sqlite_url)("enqueue", "work")
+    ours, theirs = pty.openpty()
+
+    process = subprocess.Popen(
+        program("db", "downgrade", "base"),
+        env={**os.environ, **environment(sqlite_url, {})},
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.write(ours, f"{answer}\n".encode())
+    stdout, stderr = process.communicate(timeout=60)
+    os.close(ours)
+    os.close(theirs)
+
+    assert process.returncode == code
+    assert "queue.db, schema pgqueue, to base? Data may be lost." in stderr
+    assert stdout == ("" if left else "schema      pgqueue\ncurrent     -\nhead        pgqueue_0001\nup_to_date  no\n")
+    Command(sqlite_url)("stats", code=0 if left else 6)
+
+
+def test_tables_that_are_newer_than_the_program_are_pointed_out_and_used(url: str, pgq: PgQueue) -> None:
+    version = "pgqueue.alembic_version" if pgq.engine.dialect.name == "postgresql" else "pgqueue_alembic_version"
+    execute(pgq.engine, f"UPDATE {version} SET version_num = 'pgqueue_9999'")
+
+    result = Command(url)("enqueue", "work")
+
+    assert result.stdout == "1\n"
+    assert result.stderr.startswith("note: ")
+    assert "pgqueue_9999" in result.stderr
 
 
 def test_db_refuses_a_revision_that_does_not_exist(url: str) -> None:

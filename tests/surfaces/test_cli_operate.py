@@ -148,6 +148,24 @@ def test_of_several_jobs_those_that_can_be_changed_are(pgqueue: Command, pgq: Pg
     assert status(pgq, jobs["pending"]) == "cancelled"
 
 
+def test_where_nothing_was_changed_nothing_is_printed(pgqueue: Command) -> None:
+    assert pgqueue("jobs", "cancel", 998, 999, code=3).stdout == ""
+    assert pgqueue("jobs", "cancel", 998, 999, "-o", "json", code=3).stdout == "[]\n"
+
+
+def test_an_operator_without_a_name_is_recorded_as_unknown(
+    pgqueue: Command, pgq: PgQueue, jobs: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nobody() -> str:
+        raise OSError("there is no user of this number")
+
+    monkeypatch.setattr(getpass, "getuser", nobody)
+
+    pgqueue("jobs", "retry", jobs["dead"])
+
+    assert pgq.job_events(jobs["dead"])[-1]["actor"] == "cli:unknown"
+
+
 def test_a_queue_is_paused_for_a_time_and_resumed(pgqueue: Command, pgq: PgQueue) -> None:
     pgqueue("enqueue", "work")
 
@@ -208,5 +226,5 @@ def test_prune_refuses_jobs_that_have_not_ended(
 ) -> None:
     result = pgqueue("prune", "--older-than", "1h", "--status", name, code=2)
 
-    assert f"got '{name}'" in result.stderr or f"got <JobStatus.{name.upper()}: '{name}'>" in result.stderr
+    assert f"only completed, dead, cancelled jobs can be pruned, got '{name}'" in result.stderr
     assert len(pgq.list_jobs()) == 4

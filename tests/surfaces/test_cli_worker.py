@@ -87,6 +87,22 @@ def test_a_drain_that_leaves_dead_jobs_exits_8(pgqueue: Command, pgq: PgQueue) -
     assert statuses(pgq) == {"give_up": "dead", "work": "completed"}
 
 
+def test_a_worker_logs_what_became_of_its_jobs_and_nothing_of_the_libraries(folder: Path) -> None:
+    pgqueue = Command()  # on the local file, which Alembic creates
+
+    idle = pgqueue("worker", "shop_worker:pgq", "--drain").stderr
+    pgqueue("enqueue", "give_up")
+    pgqueue("enqueue", "work")
+    busy = pgqueue("worker", "shop_worker:pgq", "--drain", code=8).stderr
+    verbose = pgqueue("db", "upgrade", "-v").stderr
+
+    assert idle.endswith("stopped: nothing done\n")
+    assert "task give_up, job 1, attempt 1 failed with pgqueue.errors.Discard; no such customer\n" in busy
+    assert busy.endswith("stopped: 1 completed, 1 dead\n")
+    assert "alembic" not in idle + busy
+    assert "alembic" in verbose
+
+
 def test_dead_jobs_of_earlier_days_do_not_make_a_drain_fail(pgqueue: Command) -> None:
     pgqueue("enqueue", "give_up")
     pgqueue("worker", "shop_worker:pgq", "--drain", code=8)
@@ -259,6 +275,20 @@ def test_signals_go_through_a_supervisor_to_the_worker_with_the_job(
     (job,) = pg.list_jobs()
     assert code == expected, supervisor.output()
     assert (job.status, job.retries) == ("completed" if signals == 1 else "pending", 0)
+
+
+def test_workers_stop_when_their_supervisor_is_killed(pg_url: str, pg: PgQueue, folder: Path) -> None:
+    Command(pg_url)("enqueue", "wait")
+
+    with running(*WORKER, "--processes", "2", cwd=folder, url=pg_url) as supervisor:
+        wait_for((folder / "waiting").exists, "the job to start")
+        supervisor.signal(signal.SIGKILL)
+        supervisor.wait()
+        wait_for(lambda: supervisor.output().count("the supervisor is gone: stopping") == 2, "both workers to stop")
+        (folder / "go").touch()
+        wait_for(lambda: pg.workers() == [], "both workers to end")
+
+    assert [job.status for job in pg.list_jobs()] == ["completed"]
 
 
 def test_several_processes_drain_together_and_a_dead_job_makes_it_8(pg_url: str, pg: PgQueue, folder: Path) -> None:

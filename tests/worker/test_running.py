@@ -80,7 +80,7 @@ def test_each_failed_attempt_is_recorded_with_its_error(pgq: PgQueue) -> None:
         ("dead", 3, "dead"),
     ]
     assert [event["error"]["message"] for event in recorded] == ["attempt 1", "attempt 2", "attempt 3"]
-    assert recorded[-1]["reason"] == "failed with all 2 retries used"
+    assert recorded[-1]["reason"] == "2 of 2 retries used"
 
 
 def test_a_retry_waits_for_its_backoff(pgq: PgQueue) -> None:
@@ -549,7 +549,5 @@ def test_failures_are_logged_with_the_task_the_job_and_what_happens_next(
     with caplog.at_level(logging.INFO, logger="pgqueue"):
         drain(pgq)
 
-    assert f"task failing, job {job_id}, attempt 1 failed with ValueError: retry 1 of 1 in 0.0 s" in caplog.text
-    assert (
-        f"task failing, job {job_id}, attempt 2 failed with ValueError: failed with all 1 retries used" in caplog.text
-    )
+    assert f"task failing, job {job_id}, attempt 1 failed with ValueError; retry 1 of 1 in 0.0 s" in caplog.text
+    assert f"task failing, job {job_id}, attempt 2 failed with ValueError; 1 of 1 retries used" in caplog.text
