@@ -331,6 +331,15 @@ def is_transient(error: BaseException) -> bool:
     return sqlstate in ("40P01", "40001", "55P03", "57014", "0A000") or sqlstate[:2] in ("53", "58")
 
 
+def is_refusal(error: BaseException) -> bool:
+    """Whether the database, or the driver, does not take what a statement carries, and so never will."""
+    if not isinstance(error, exc.DBAPIError):
+        return not is_transient(error)
+    sqlstate = getattr(error.orig, "sqlstate", None) or ""
+    # Data exception, violated constraint, raised by a trigger, too large.
+    return isinstance(error, exc.DataError | exc.IntegrityError) or sqlstate[:2] in ("22", "23", "P0", "54")
+
+
 def first_line(error: exc.DBAPIError) -> str:
     """What the driver said, in one line; a connection string that it quotes is left out."""
     text = str(error.orig).strip()

@@ -40,6 +40,7 @@ from pgqueue.engine import (
     describe_url,
     end_if_frozen,
     is_in_memory,
+    is_refusal,
     is_transient,
     make_async_engine,
     parse_url,
@@ -93,7 +94,7 @@ DRAIN_SECONDS_MIN = 0.01
 STOPPED_UNSTARTED = Released("the worker stopped before it started the job")
 STOPPED_RUNNING = Released("the worker stopped while the job was running")
 STALE = Released("its lease may have run out before it was started")
-NOT_BEGUN = Released("the database could not be reached to begin the task's transaction")
+NOT_BEGUN = Released("the database could not be reached to begin the task's transaction", delay_seconds=1.0)
 
 
 @dataclass(slots=True)
@@ -508,6 +509,7 @@ class Worker:
         except Exception as error:  # noqa: BLE001 — the task did not begin
             return NOT_BEGUN if is_transient(error) else outcome_of(error)
         outcome: Outcome | None = None
+        ending = False
         try:
             with connection, Session(connection, expire_on_commit=False) as session:
                 guard = _CommitGuard(session, definition)
@@ -516,7 +518,8 @@ class Worker:
                     session.rollback()
                     return outcome
                 session.flush()
-                if not self._begin_end(job):
+                ending = self._begin_end(job)
+                if not ending:
                     session.rollback()
                     return None
                 guard.open = self._complete_in(session.connection(), definition, job, outcome)
@@ -525,13 +528,16 @@ class Worker:
                 else:
                     session.rollback()
         except BaseException as error:  # noqa: BLE001 — the task's rows, or the commit, were refused
-            return self._outcome_of_broken(job, outcome, error)
+            if ending:
+                self._take_back_end(job)
+            return _outcome_of_broken(outcome, error)
         self._settle([decide(job, outcome, definition.retry, random=0.0)], {job.id} if guard.open else set())
         return None
 
     async def _run_transactional_async(self, definition: TaskDefinition, job: ClaimedJob) -> Outcome | None:
         assert self._async_engine is not None
         outcome: Outcome | None = None
+        ending = False
         try:
             async with contextlib.AsyncExitStack() as stack:
                 try:
@@ -546,7 +552,8 @@ class Worker:
                     await session.rollback()
                     return outcome
                 await session.flush()
-                if not self._begin_end(job):
+                ending = self._begin_end(job)
+                if not ending:
                     await session.rollback()
                     return None
                 completed = outcome
@@ -558,21 +565,15 @@ class Worker:
                 else:
                     await session.rollback()
         except asyncio.CancelledError:
-            self._take_back_end(job)
+            if ending:
+                self._take_back_end(job)
             raise
         except BaseException as error:  # noqa: BLE001 — as above
-            return self._outcome_of_broken(job, outcome, error)
+            if ending:
+                self._take_back_end(job)
+            return _outcome_of_broken(outcome, error)
         self._settle([decide(job, outcome, definition.retry, random=0.0)], {job.id} if guard.open else set())
         return None
-
-    def _outcome_of_broken(self, job: ClaimedJob, outcome: Outcome | None, error: BaseException) -> Outcome:
-        """The outcome of a transactional attempt whose transaction broke.
-
-        After a commit whose answer was lost this may be a completed job: then its claim is over, and the fence
-        refuses what the finisher is about to write. A task that had already said how its attempt ends is heard.
-        """
-        self._take_back_end(job)
-        return outcome_of(error) if outcome is None or isinstance(outcome, Completed) else outcome
 
     def _complete_in(
         self, connection: sa.Connection, definition: TaskDefinition, job: ClaimedJob, outcome: Completed
@@ -662,7 +663,7 @@ class Worker:
             with connection.begin():
                 return store.finish(connection, self.pgq.tables, batch, actor=self.id)
         except Exception as error:
-            if is_transient(error):
+            if not is_refusal(error):
                 raise
             logger.error(
                 "the ends of %d jobs could not be written together (%s); writing them one by one",
@@ -679,7 +680,7 @@ class Worker:
             with connection.begin():
                 return store.finish(connection, self.pgq.tables, [transition], actor=self.id)
         except Exception as error:
-            if is_transient(error):
+            if not is_refusal(error):
                 raise
             logger.error("the database refused how job %d ended: %s", transition.job_id, type(error).__name__)
             refused = ErrorInfo(
@@ -804,6 +805,15 @@ def _characters(transition: Transition) -> int:
     """About how much text goes to the database for this end."""
     error = transition.error
     return len(transition.result_json or "") + (len(error.message) + len(error.traceback) if error else 0)
+
+
+def _outcome_of_broken(outcome: Outcome | None, error: BaseException) -> Outcome:
+    """The outcome of a transactional attempt whose transaction broke.
+
+    After a commit whose answer was lost this may be a completed job: then its claim is over, and the fence refuses
+    what the finisher is about to write. A task that had already said how its attempt ends is heard.
+    """
+    return outcome_of(error) if outcome is None or isinstance(outcome, Completed) else outcome
 
 
 class _CommitGuard:

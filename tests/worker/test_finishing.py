@@ -8,8 +8,8 @@ from typing import Any
 import jobs
 import pytest
 import sqlalchemy as sa
-from support import wait_for
-from working import enqueue, enqueue_many, events, wait_for_status, working
+from support import execute, wait_for
+from working import Gate, enqueue, enqueue_many, events, wait_for_status, working
 
 from pgqueue import PgQueue, store, worker
 
@@ -75,3 +75,49 @@ def test_an_end_that_lost_its_claim_to_a_later_one_in_the_same_batch_counts_as_l
     assert (running.report.completed, running.report.lost) == (1, 1)
     assert "claim lost: job" in caplog.text
     assert events(pgq, job_id) == ["sweep"]
+
+
+def test_an_end_that_cannot_be_written_for_a_reason_that_is_not_its_own_is_written_later(
+    pgq: PgQueue, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate = Gate()
+
+    @pgq.task
+    def work() -> str:
+        gate.pass_through()
+        return "done"
+
+    job_id = enqueue(work)
+    there, away = ("pgqueue_jobs", "away") if pgq.engine.dialect.name == "sqlite" else ("pgqueue.jobs", "pgqueue.away")
+    with working(pgq):
+        wait_for(lambda: gate.inside, "the task to run")
+        execute(pgq.engine, f"ALTER TABLE {there} RENAME TO {away.rpartition('.')[2]}")
+        gate.open()
+        wait_for(lambda: "pgqueue-finish: failed, trying again" in caplog.text, "the end to be refused")
+        execute(pgq.engine, f"ALTER TABLE {away} RENAME TO {there.rpartition('.')[2]}")
+        job = wait_for_status(pgq, job_id, "completed")
+
+    assert (job.result, job.attempt) == ("done", 1)
+
+
+def test_a_transaction_that_cannot_be_begun_is_not_tried_again_at_once(
+    pgq: PgQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @pgq.task(transactional=True)
+    def work(session: object) -> None: ...
+
+    connect = pgq.engine.connect
+
+    def connect_but_for_tasks() -> sa.Connection:
+        if threading.current_thread().name == "pgqueue-default":
+            raise sa.exc.OperationalError("", {}, ConnectionError("too many clients"))
+        return connect()
+
+    monkeypatch.setattr(pgq.engine, "connect", connect_but_for_tasks)
+    job_id = enqueue(work)
+    with working(pgq):
+        wait_for(lambda: events(pgq, job_id), "the job to be released")
+        wait = jobs.seconds_until_due(pgq, job_id)
+
+    assert events(pgq, job_id) == ["release"]
+    assert 0 < wait <= 1
