@@ -7,7 +7,7 @@ no schemas: there the schema's name becomes a prefix of the tables' names.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import sqlalchemy as sa
 from sqlalchemy.orm import registry
@@ -47,7 +47,7 @@ class Tables:
         return self is other
 
 
-@lru_cache
+@cache
 def tables_for(dialect_name: str, schema: str) -> Tables:
     """The tables of the pgqueue called `schema`; always the same object for the same arguments."""
     flat = checked_dialect(dialect_name) == SQLITE

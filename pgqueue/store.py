@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -156,7 +156,7 @@ def _run_at(has_delay: bool, has_run_at: bool) -> Any:
     return now()
 
 
-@lru_cache
+@cache
 def _insert_job(tables: Tables, has_delay: bool, has_run_at: bool, has_key: bool) -> Any:
     jobs = tables.jobs
     values = {
@@ -177,7 +177,7 @@ def _insert_job(tables: Tables, has_delay: bool, has_run_at: bool, has_key: bool
     return statement.values(values).returning(jobs.c.id)
 
 
-@lru_cache
+@cache
 def _insert_jobs(tables: Tables, has_delay: bool, has_run_at: bool) -> sa.Insert:
     jobs = tables.jobs
     payloads, payload, position = dialect.documents(tables.dialect_name, "payloads")
@@ -194,7 +194,7 @@ def _insert_jobs(tables: Tables, has_delay: bool, has_run_at: bool) -> sa.Insert
     return sa.insert(jobs).from_select(list(columns), select.order_by(position)).returning(jobs.c.id)
 
 
-@lru_cache
+@cache
 def _key_holder(tables: Tables) -> sa.Select[Any]:
     jobs = tables.jobs
     return sa.select(jobs.c.id, jobs.c.status).where(
@@ -292,7 +292,7 @@ def claim(
     return claimed
 
 
-@lru_cache
+@cache
 def _claim(tables: Tables, of_tasks: bool) -> sa.Update:
     jobs, queues = tables.jobs, tables.queues
     queue = sa.bindparam("of_queue", type_=sa.Text())
@@ -345,7 +345,7 @@ def _claims_document(claims: Iterable[Claim]) -> str:
     return json.dumps([{"id": job_id, "token": token.hex} for job_id, token in claims])
 
 
-@lru_cache
+@cache
 def _held(tables: Tables, lock: bool = False) -> sa.Select[Any]:
     jobs = tables.jobs
     claims = dialect.rows(tables.dialect_name, "claims", sa.column("id", sa.BigInteger), sa.column("token", sa.Uuid))
@@ -353,7 +353,7 @@ def _held(tables: Tables, lock: bool = False) -> sa.Select[Any]:
     return held.with_for_update(of=jobs, skip_locked=True) if lock else held
 
 
-@lru_cache
+@cache
 def _extend(tables: Tables) -> sa.Update:
     jobs = tables.jobs
     return (
@@ -450,7 +450,7 @@ def _moved_document(transitions: Sequence[Transition]) -> str:
     )
 
 
-@lru_cache
+@cache
 def _complete(tables: Tables) -> sa.Update:
     jobs = tables.jobs
     finished = dialect.rows(
@@ -476,7 +476,7 @@ def _complete(tables: Tables) -> sa.Update:
     )
 
 
-@lru_cache
+@cache
 def _move(tables: Tables) -> sa.Update:
     jobs = tables.jobs
     finished = dialect.rows(
@@ -551,7 +551,7 @@ def sweep(connection: sa.Connection, tables: Tables, *, limit: int, actor: str) 
     )
 
 
-@lru_cache
+@cache
 def _sweep(tables: Tables) -> sa.Update:
     jobs = tables.jobs
     expired = (
@@ -857,7 +857,7 @@ def open_jobs(connection: sa.Connection, tables: Tables, queues: Sequence[str], 
     return OpenJobs(row.due, row.running, None if wait is None else max(0.0, -wait))
 
 
-@lru_cache
+@cache
 def _open_jobs(tables: Tables) -> sa.Select[Any]:
     jobs = tables.jobs
     ours = sa.and_(
