@@ -28,6 +28,7 @@ from pgqueue.engine import end_if_frozen, errors_explained, make_async_engine, m
 from pgqueue.errors import ClaimLost, ConfigurationError, InvalidPayload, TaskNotFound, WrongSession
 from pgqueue.executor import MESSAGE_CHARACTERS_MAX, clean, describe
 from pgqueue.job import (
+    FINAL_STATUSES,
     ClaimedJob,
     Completed,
     Discarded,
@@ -43,7 +44,7 @@ from pgqueue.job import (
     Released,
 )
 from pgqueue.notifier import WakeSender
-from pgqueue.retry import DELAY_SECONDS_MAX, Retry, as_seconds, decide
+from pgqueue.retry import DELAY_SECONDS_MAX, Retry, as_seconds, checked_max_retries, decide
 from pgqueue.schema import KEY_CHARACTERS_MAX, Tables, tables_for
 from pgqueue.task import TaskDefinition, checked_name, checked_priority, encode_json
 from pgqueue.transaction import (
@@ -587,12 +588,11 @@ class PgQueue:
             raise ConfigurationError(
                 f"older_than must be between 0 and {DELAY_SECONDS_MAX:.0f} seconds, got {older_than!r}"
             )
-        final = [status for status in JobStatus if status not in (JobStatus.PENDING, JobStatus.RUNNING)]
         if not statuses:
-            raise ConfigurationError(f"name at least one status whose jobs can be pruned: {', '.join(final)}")
+            raise ConfigurationError(f"name at least one status whose jobs can be pruned: {', '.join(FINAL_STATUSES)}")
         for status in statuses:
-            if status not in final:
-                raise ConfigurationError(f"only {', '.join(final)} jobs can be pruned, got {str(status)!r}")
+            if status not in FINAL_STATUSES:
+                raise ConfigurationError(f"only {', '.join(FINAL_STATUSES)} jobs can be pruned, got {str(status)!r}")
         total = 0
         after_id: int | None = 0
         while after_id is not None:
@@ -660,7 +660,7 @@ class EnqueueOptions:
         if self.priority is not None:
             checked_priority(self.priority)
         if self.max_retries is not None:
-            Retry(max_retries=self.max_retries)
+            checked_max_retries(self.max_retries)
         if self.delay is not None and self.at is not None:
             raise ConfigurationError("give either delay or at, not both")
         if self.delay is not None:

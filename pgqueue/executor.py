@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from pgqueue.errors import Cancel, Discard, InvalidPayload, Snooze, TaskSignal
+from pgqueue.errors import Cancel, Discard, InvalidPayload, Snooze
 from pgqueue.job import Cancelled, ClaimedJob, Completed, Discarded, ErrorInfo, Failed, Outcome, Snoozed
 from pgqueue.retry import DELAY_SECONDS_MAX, as_seconds
 from pgqueue.task import TaskDefinition, encode_json
@@ -146,8 +146,6 @@ def outcome_of(error: BaseException) -> Outcome:
             return Discarded(_text(error.reason), describe(error))
         case Cancel():
             return Cancelled(_text(error.reason))
-        case TaskSignal():
-            return Failed(describe(error))
         case _:
             return Failed(describe(error))
 

@@ -151,7 +151,7 @@ class Worker:
         self._task_names = sorted(self._definitions)
         if not self._definitions:
             raise ConfigurationError("this worker knows no tasks; register some with @pgq.task before it starts")
-        self._lock = threading.Lock()  # guards the holds and the report
+        self._lock = threading.Lock()  # guards changes of the holds, and the report
         self._held: dict[int, _Hold] = {}
         self._finished: queue.SimpleQueue[Transition | None] = queue.SimpleQueue()
         self._unwritten: list[Transition] = []
