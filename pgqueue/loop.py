@@ -132,7 +132,10 @@ class DatabaseLoop(threading.Thread):
             self._outage.met(self.name, error)
         elif not self._reported:
             self._reported = True
-            logger.error("%s: failed, trying again until it works", self.name, exc_info=error)
+            if isinstance(error, sa.exc.DBAPIError):  # the rest of which may show a whole row, with its payload
+                logger.error("%s: failed, trying again until it works: %s", self.name, first_line(error))
+            else:
+                logger.error("%s: failed, trying again until it works", self.name, exc_info=error)
 
     def _discard(self, connection: sa.Connection | None) -> None:
         if connection is not None:
