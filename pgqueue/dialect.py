@@ -85,6 +85,17 @@ class TextArray(sa.types.TypeDecorator[list[str]]):
         return value if dialect.name == POSTGRESQL else json.dumps(value)
 
 
+class IdArray(sa.types.TypeDecorator[list[int]]):
+    """A list of ids as one parameter, for `id_among`. As text: to adapt each number takes the driver longer."""
+
+    impl = sa.Text()
+    cache_ok = True
+
+    def process_bind_param(self, value: list[int] | None, dialect: sa.Dialect) -> Any:
+        text = ",".join(map(str, value or ()))
+        return f"{{{text}}}" if dialect.name == POSTGRESQL else f"[{text}]"
+
+
 # Expressions -----------------------------------------------------------------------------------------------
 
 
@@ -210,6 +221,28 @@ def _(element: text_in, compiler: SQLCompiler, **kw: Any) -> str:
     return f"{compiler.process(column, **kw)} IN (SELECT value FROM {values})"  # noqa: S608 — compiled, no user text
 
 
+class id_among(_condition):
+    """`id_among(column, bindparam(…, type_=IdArray()))`: the column is one of a list of ids.
+
+    On PostgreSQL the rows are found, and so locked, in the order of their ids.
+    """
+
+    inherit_cache = True
+
+
+@compiles(id_among, POSTGRESQL)
+def _(element: id_among, compiler: SQLCompiler, **kw: Any) -> str:
+    column, ids = element.clauses
+    return f"{compiler.process(column, **kw)} = ANY (CAST({compiler.process(ids, **kw)} AS bigint[]))"
+
+
+@compiles(id_among, SQLITE)
+def _(element: id_among, compiler: SQLCompiler, **kw: Any) -> str:
+    column, ids = element.clauses
+    values = f"json_each({compiler.process(ids, **kw)})"
+    return f"{compiler.process(column, **kw)} IN (SELECT value FROM {values})"  # noqa: S608 — compiled, no user text
+
+
 # Sets of rows as one parameter -----------------------------------------------------------------------------
 
 
@@ -251,6 +284,14 @@ def documents(dialect_name: str, parameter: str) -> tuple[sa.FromClause, sa.Colu
 def insert(dialect_name: str, table: sa.Table) -> Any:
     """An INSERT that knows ON CONFLICT."""
     return postgresql.insert(table) if dialect_name == POSTGRESQL else sqlite.insert(table)
+
+
+def no_flush(dialect_name: str) -> sa.ColumnElement[bool]:
+    """A condition that always holds, and lets the commit of its transaction return before it is on disk."""
+    if dialect_name == SQLITE:
+        return sa.true()
+    setting = sa.select(sa.func.set_config("synchronous_commit", "off", sa.true())).scalar_subquery()
+    return setting.is_not(None)
 
 
 def claimable(

@@ -242,12 +242,32 @@ def reading(engine: sa.Engine) -> Iterator[sa.Connection]:
         yield connection
 
 
+@contextmanager
+def committing_each(connection: sa.Connection) -> Iterator[None]:
+    """For statements that are whole by themselves: each commits at once, and takes one round trip instead of three.
+
+    A process that freezes in between holds no locks. On SQLite, an ordinary transaction.
+    """
+    if connection.dialect.name == SQLITE:
+        with connection.begin():
+            yield
+        return
+    connection.execution_options(isolation_level="AUTOCOMMIT")
+    try:
+        with connection.begin():
+            yield
+    finally:
+        if not connection.invalidated:
+            connection.execution_options(isolation_level="READ COMMITTED")
+
+
 def end_if_frozen(connection: sa.Connection, seconds: float) -> None:
     """Have the server end the present transaction when nothing is heard of it for so long.
 
     A process that freezes in between keeps its locks, and no lease lets go of a row that is locked.
     """
-    if connection.dialect.name == POSTGRESQL:
+    autocommit = connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
+    if connection.dialect.name == POSTGRESQL and not autocommit:
         milliseconds = str(min(int(seconds * 1000), IDLE_MILLISECONDS_MAX))
         connection.execute(
             sa.text("SELECT set_config('idle_in_transaction_session_timeout', :milliseconds, true)"),

@@ -77,9 +77,9 @@ class Job:
         return "Job(" + ", ".join(f"{name}={value!r}" for name, value in shown.items()) + ")"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # frozen, it would take three times as long to make
 class ClaimedJob:
-    """A job as its claimer holds it: what is needed to run one attempt and to write how it ended."""
+    """A job as its claimer holds it: what is needed to run one attempt and to write how it ended. Read only."""
 
     id: int
     queue: str
@@ -200,7 +200,7 @@ class EventType(StrEnum):
     RESUME = "resume"  #: of a queue
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # likewise
 class Transition:
     """One fenced write: what becomes of a claimed job. It happens whole, with its event, or not at all."""
 

@@ -111,12 +111,13 @@ def decide(job: ClaimedJob, outcome: Outcome, policy: Retry, random: float) -> T
     The allowance is the job's own `max_retries`, fixed when it was enqueued; the policy gives the waiting time.
     """
 
+    if isinstance(outcome, Completed):
+        return Transition(job.id, job.claim_token, job.attempt, JobStatus.COMPLETED, result_json=outcome.result_json)
+
     def become(status: JobStatus, event: EventType | None = None, **what: Any) -> Transition:
         return Transition(job.id, job.claim_token, job.attempt, status, event, **what)
 
     match outcome:
-        case Completed(result_json):
-            return become(JobStatus.COMPLETED, result_json=result_json)
         case Failed(error) if job.retries < job.max_retries:
             wait = policy.delay(job.retries + 1, random)
             return become(

@@ -19,7 +19,7 @@ from pgqueue.job import ClaimedJob
 PREFETCH_SECONDS = 0.1
 
 #: The most jobs in one claim, and ahead of the slots.
-CLAIM_JOBS_MAX = 500
+CLAIM_JOBS_MAX = 2_000
 
 #: How much the newest run time counts in the running average.
 RUN_TIME_WEIGHT = 0.05
@@ -65,6 +65,7 @@ class Slots:
         self._threads = 0
         self._inbox: queue.SimpleQueue[ClaimedJob | None] = queue.SimpleQueue()
         self._run_seconds: float | None = None
+        self._low = 0  # with so few jobs left in the buffer, more are asked for
         self._asked = False  # for more jobs, since the last ones came
         self._closed = False
 
@@ -83,22 +84,24 @@ class Slots:
     def add(self, jobs: Sequence[ClaimedJob]) -> bool:
         """Take in claimed jobs and start as many as there are slots; False, and nothing taken, after `close`."""
         with self._lock:
-            self._asked = False
             if self._closed:
                 return False
             self.started += len(jobs)
             self._buffer.extend(jobs)
-            while self._free and self._buffer:
+            self._low = self._ahead() // 2
+            self._asked = False
+            while self._free and (job := self._take()) is not None:
                 self._free -= 1
-                self._start(self._buffer.popleft())
+                self._start(job)
             return True
 
     def close(self) -> list[ClaimedJob]:
         """Start nothing more; the jobs that were not started."""
         with self._lock:
             self._closed = True
-            unstarted = list(self._buffer)
-            self._buffer.clear()
+            unstarted = []
+            while (job := self._take()) is not None:
+                unstarted.append(job)
             for _ in range(self._threads):
                 self._inbox.put(None)
             return unstarted
@@ -146,22 +149,29 @@ class Slots:
     def _next(self, began: float | None, *, in_loop: bool) -> ClaimedJob | None:
         """After a job, or one that was not begun (None): the next one for the same slot; None when the slot is free,
         or went to the other kind."""
-        with self._lock:
-            if began is not None:
-                took, average = time.monotonic() - began, self._run_seconds
-                self._run_seconds = took if average is None else average + (took - average) * RUN_TIME_WEIGHT
+        if began is not None:
+            took, average = time.monotonic() - began, self._run_seconds
+            # Two threads may overwrite each other's here: it is an estimate.
+            self._run_seconds = took if average is None else average + (took - average) * RUN_TIME_WEIGHT
+        following = self._take()
+        if following is None:
+            with self._lock:  # `add` fills the buffer and counts free slots in one go
+                following = self._take()
+                if following is None:
+                    self._free += 1
+        if following is not None and self._worker.is_async(following) is not in_loop:
+            with self._lock:
+                self._start(following)
             following = None
-            if self._buffer and not self._closed:
-                following = self._buffer.popleft()
-                if self._worker.is_async(following) is not in_loop:
-                    self._start(following)
-                    following = None
-            else:
-                self._free += 1
-            low = following is None or (not self._asked and len(self._buffer) <= self._ahead() // 2)
-            self._asked = self._asked or low
-        if low:
+        if following is None or (not self._asked and len(self._buffer) <= self._low):
+            self._asked = True
             self._worker.room_again()
         if following is None:
             self._worker.slot_freed()
         return following
+
+    def _take(self) -> ClaimedJob | None:
+        try:
+            return self._buffer.popleft()  # atomic, so the way from job to job needs no lock
+        except IndexError:
+            return None

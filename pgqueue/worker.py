@@ -24,7 +24,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
@@ -37,6 +37,7 @@ from pgqueue.client import PgQueue
 from pgqueue.config import WorkerConfig
 from pgqueue.dialect import POSTGRESQL
 from pgqueue.engine import (
+    committing_each,
     describe_url,
     end_if_frozen,
     is_in_memory,
@@ -111,19 +112,22 @@ class WorkerReport:
     swept: int = 0  #: claims of other workers taken back
 
     def count(self, transition: Transition) -> None:
-        name = {
-            None: "completed",
-            EventType.RETRY: "retried",
-            EventType.DEAD: "dead",
-            EventType.CANCEL: "cancelled",
-            EventType.SNOOZE: "snoozed",
-            EventType.RELEASE: "released",
-        }[transition.event]
+        name = _COUNTED[transition.event]
         setattr(self, name, getattr(self, name) + 1)
 
     def __str__(self) -> str:
         counts = asdict(self).items()
         return ", ".join(f"{count} {name}" for name, count in counts if count) or "nothing done"
+
+
+_COUNTED: dict[EventType | None, str] = {
+    None: "completed",
+    EventType.RETRY: "retried",
+    EventType.DEAD: "dead",
+    EventType.CANCEL: "cancelled",
+    EventType.SNOOZE: "snoozed",
+    EventType.RELEASE: "released",
+}
 
 
 @dataclass(slots=True, eq=False)
@@ -132,7 +136,19 @@ class _Hold:
 
     job: ClaimedJob
     sure_until: float  #: monotonic; its lease lasts at least so long
-    ending: bool = False  #: how it ends is decided and being written
+    #: Locked when how it ends is decided and being written. A lock because exactly one of many threads gets it.
+    _ending: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def ending(self) -> bool:
+        return self._ending.locked()
+
+    def begin_end(self) -> bool:
+        """Whether the caller is the one to write how it ends."""
+        return self._ending.acquire(blocking=False)
+
+    def take_back_end(self) -> None:
+        self._ending.release()
 
 
 class Worker:
@@ -376,7 +392,7 @@ class Worker:
         # Said before asking: a wake-up that comes while the claim is under way must not be overwritten after it.
         slots.looks_empty_until = asked_at + self.config.poll_interval
         try:
-            with connection.begin():
+            with committing_each(connection):
                 claimed = store.claim(
                     connection,
                     self.pgq.tables,
@@ -386,6 +402,7 @@ class Worker:
                     limit=limit,
                     lease=self.config.lease,
                     tasks=self._task_names,
+                    flush=False,
                 )
         except BaseException:
             # The claim may have been committed although its answer did not arrive.
@@ -396,20 +413,23 @@ class Worker:
             slots.looks_empty_until = 0.0
         if claimed:
             self._drain_wait = DRAIN_SECONDS_MIN
-        for job in claimed:
-            self._hold(job, asked_at + self.config.lease)
+        self._hold(claimed, asked_at + self.config.lease)
         if not slots.add(claimed):  # the claim took so long that the worker stopped meanwhile
             self._unsure_claims.append(token)
             self._release_unsure(connection)
         return len(claimed)
 
-    def _hold(self, job: ClaimedJob, sure_until: float) -> None:
+    def _hold(self, claimed: Sequence[ClaimedJob], sure_until: float) -> None:
+        older = []
         with self._lock:
-            older = self._held.get(job.id)
-            self._held[job.id] = _Hold(job, sure_until)
-        # A job that was given back may be claimed again before its end is settled here; nothing is lost then.
-        if older is not None and not older.ending:
-            self._report_lost(older.job)
+            for job in claimed:
+                if job.id in self._held:
+                    older.append(self._held[job.id])
+                self._held[job.id] = _Hold(job, sure_until)
+        for hold in older:
+            # A job that was given back may be claimed again before its end is settled here; nothing is lost then.
+            if hold.begin_end():
+                self._report_lost(hold.job)
 
     def _release_unsure(self, connection: sa.Connection) -> None:
         while self._unsure_claims:
@@ -592,11 +612,9 @@ class Worker:
 
     def _begin_end(self, job: ClaimedJob) -> bool:
         """Mark the hold as ending; False when there is none or it is ending already: then nothing is to be written."""
-        with self._lock:
-            hold = self._hold_of(job)
-            if hold is not None and not hold.ending:
-                hold.ending = True
-                return True
+        hold = self._hold_of(job)
+        if hold is not None and hold.begin_end():
+            return True
         logger.warning(
             "job %d was given back or taken from this worker meanwhile; the outcome of its attempt %d changes nothing",
             job.id,
@@ -605,10 +623,9 @@ class Worker:
         return False
 
     def _take_back_end(self, job: ClaimedJob) -> None:
-        with self._lock:
-            hold = self._hold_of(job)
-            if hold is not None:
-                hold.ending = False
+        hold = self._hold_of(job)
+        if hold is not None and hold.ending:
+            hold.take_back_end()
 
     def _finish(self, job: ClaimedJob, outcome: Outcome) -> None:
         """Hand over how an attempt ended, unless it ended otherwise before."""
@@ -660,7 +677,9 @@ class Worker:
 
     def _write(self, connection: sa.Connection, batch: list[Transition]) -> set[int]:
         try:
-            with connection.begin():
+            # Each completion stands for itself; an event has to be written together with its job.
+            alone = all(transition.event is None for transition in batch)
+            with committing_each(connection) if alone else connection.begin():
                 return store.finish(connection, self.pgq.tables, batch, actor=self.id)
         except Exception as error:
             if not is_refusal(error):
@@ -741,7 +760,7 @@ class Worker:
     def _lose(self, hold: _Hold) -> None:
         """Let go of a job that is no longer this worker's, unless its end is just being written: that will tell."""
         with self._lock:
-            if hold.ending or self._held.get(hold.job.id) is not hold:
+            if self._held.get(hold.job.id) is not hold or not hold.begin_end():
                 return
             del self._held[hold.job.id]
         self._report_lost(hold.job)

@@ -40,11 +40,20 @@ HOT: dict[str, Callable[[sa.Connection, PgQueue, Claims], Any]] = {
     "claim": lambda connection, pgq, claims: store.claim(
         connection, pgq.tables, queue="default", worker="w", token=uuid.uuid4(), limit=100, lease=30, tasks=["work"]
     ),
+    "claim_unflushed": lambda connection, pgq, claims: store.claim(
+        connection, pgq.tables, queue="default", worker="w", token=uuid.uuid4(), limit=100, lease=30, flush=False
+    ),
     "extend": lambda connection, pgq, claims: store.extend(connection, pgq.tables, claims, lease=30),
     "complete": lambda connection, pgq, claims: store.finish(
         connection,
         pgq.tables,
         [Transition(job_id, token, 1, JobStatus.COMPLETED, result_json="1") for job_id, token in claims],
+        actor="w",
+    ),
+    "complete_alike": lambda connection, pgq, claims: store.finish(
+        connection,
+        pgq.tables,
+        [Transition(job_id, claims[0][1], 1, JobStatus.COMPLETED) for job_id in range(1, 11)],
         actor="w",
     ),
     "retry": lambda connection, pgq, claims: store.finish(
@@ -235,8 +244,10 @@ INDEXES: dict[str, list[set[str]]] = {
     "enqueue_unique": [{"arbiter jobs_unique_key"}, {"jobs_unique_key"}],
     "enqueue_many": [set()],
     "claim": [{"jobs_claim", "pk_jobs"}],
+    "claim_unflushed": [{"jobs_claim", "pk_jobs"}],
     "extend": [{"pk_jobs"}, {"pk_jobs"}],
     "complete": [{"pk_jobs"}],
+    "complete_alike": [{"pk_jobs"}],
     "retry": [{"pk_jobs"}],
     "sweep": [{"jobs_lease", "pk_jobs"}],
     "release_claim": [{"jobs_lease"}],
@@ -324,8 +335,10 @@ SQLITE_PLANS: dict[str, list[str]] = {
     "enqueue_unique": ["INDEX pgqueue_jobs_unique_key"],
     "enqueue_many": [],
     "claim": ["INTEGER PRIMARY KEY", "INDEX pgqueue_jobs_claim"],
+    "claim_unflushed": ["INTEGER PRIMARY KEY", "INDEX pgqueue_jobs_claim"],
     "extend": ["INTEGER PRIMARY KEY", "INTEGER PRIMARY KEY", "INTEGER PRIMARY KEY"],
     "complete": ["INTEGER PRIMARY KEY"],
+    "complete_alike": ["INTEGER PRIMARY KEY"],
     "retry": ["INTEGER PRIMARY KEY"],
     "sweep": ["INTEGER PRIMARY KEY", "INDEX pgqueue_jobs_lease"],
     "release_claim": ["INDEX pgqueue_jobs_lease"],

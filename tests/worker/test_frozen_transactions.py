@@ -14,7 +14,7 @@ from sqlalchemy import event
 from support import PATIENCE_SECONDS, scalar, wait_for
 from working import enqueue, wait_for_status, working
 
-from pgqueue import DatabaseUnreachable, PgQueue, Retry, client
+from pgqueue import DatabaseUnreachable, PgQueue, Retry, Snooze, client, current_job
 from pgqueue.engine import make_engine
 
 STATE = "SELECT state FROM pg_stat_activity WHERE pid = :pid"
@@ -50,8 +50,29 @@ class Freeze:
             self._ended.wait(2 * PATIENCE_SECONDS)
 
 
-@pytest.mark.parametrize("duty", ["claim", "finish", "heartbeat", "sweep"])
+@pytest.mark.parametrize("duty", ["finish", "heartbeat", "sweep"])
 def test_rows_locked_by_a_worker_that_freezes_are_free_again_after_its_lease(
+    pg: PgQueue, pg_url: str, duty: str
+) -> None:
+    @pg.task
+    def work() -> None:
+        if duty == "finish" and current_job().attempt == 1:
+            raise Snooze(0)  # written with its event, and so in a transaction
+
+    bystander = make_engine(pg_url)
+    job_id = enqueue(work)
+    with Freeze(pg.engine, f"pgqueue-{duty}") as freeze, working(pg, lease=0.6):
+        pid = freeze.pid()
+        assert scalar(bystander, STATE, pid=pid) == "idle in transaction"
+        wait_for(lambda: scalar(bystander, STATE, pid=pid) is None, "the server to end the frozen transaction")
+        freeze.end()
+        wait_for_status(pg, job_id, "completed")
+
+    bystander.dispose()
+
+
+@pytest.mark.parametrize("duty", ["claim", "finish"])
+def test_a_claim_and_a_completion_lock_nothing_when_their_worker_freezes_behind_them(
     pg: PgQueue, pg_url: str, duty: str
 ) -> None:
     @pg.task
@@ -60,10 +81,10 @@ def test_rows_locked_by_a_worker_that_freezes_are_free_again_after_its_lease(
 
     bystander = make_engine(pg_url)
     job_id = enqueue(work)
-    with Freeze(pg.engine, f"pgqueue-{duty}") as freeze, working(pg, lease=0.6):
+    with Freeze(pg.engine, f"pgqueue-{duty}") as freeze, working(pg, lease=30):
         pid = freeze.pid()
-        assert scalar(bystander, STATE, pid=pid) == "idle in transaction"
-        wait_for(lambda: scalar(bystander, STATE, pid=pid) is None, "the server to end the frozen transaction")
+        assert scalar(bystander, STATE, pid=pid) == "idle"
+        assert scalar(bystander, "SELECT id FROM pgqueue.jobs FOR UPDATE SKIP LOCKED") == job_id
         freeze.end()
         wait_for_status(pg, job_id, "completed")
 

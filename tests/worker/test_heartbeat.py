@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from support import execute, scalar, wait_for
+from support import scalar, wait_for
 from working import Gate, enqueue, enqueue_many, events, seize, statuses, table, wait_for_status, working
 
 from pgqueue import PgQueue, Retry, Task, Worker, WorkerConfig, current_job, loop, store
@@ -284,34 +284,6 @@ def test_a_job_that_the_operator_cancels_while_it_runs_is_lost_to_its_worker(pgq
 
     assert pgq.get_job(job_id).status == "cancelled"
     assert events(pgq, job_id) == ["cancel"]
-
-
-@pytest.mark.parametrize("drain", [False, True])
-def test_a_job_that_its_worker_lost_and_claimed_again_counts_for_the_second_attempt_only(
-    pgq: PgQueue, gate: Gate, drain: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Taken away and free again before a heartbeat noticed."""
-
-    @pgq.task
-    def work() -> int:
-        if current_job().attempt == 1:
-            gate.pass_through()
-        return current_job().attempt
-
-    job_id = enqueue(work)
-
-    with working(pgq, lease=60.0, heartbeat_interval=30.0, drain=drain) as worker:
-        wait_for(lambda: gate.inside, "the job to run")
-        wait_for(pgq.workers, "the only heartbeat")
-        seize(pgq, job_id)
-        execute(pgq.engine, f"UPDATE {table(pgq, 'jobs')} SET run_at = created_at WHERE id = :id", id=job_id)
-        wait_for(lambda: worker.report.completed, "the second attempt")
-        gate.open()
-        wait_for(lambda: "changes nothing" in caplog.text, "the first outcome to be refused")
-
-    job = pgq.get_job(job_id)
-    assert (job.status, job.attempt, job.result) == ("completed", 2, 2)
-    assert (worker.report.completed, worker.report.lost) == (1, 1)
 
 
 # No heartbeat gets through ---------------------------------------------------------------------------------

@@ -1,0 +1,21 @@
+UPDATE pgqueue_jobs
+SET status='running', claimed_by=?, claim_token=?, claim_expires_at=strftime('%Y-%m-%d %H:%M:%f', 'now', printf('%+.3f
+    seconds', ?)), attempt=CASE WHEN (pgqueue_jobs.attempt < 2147483647) THEN pgqueue_jobs.attempt + 1 ELSE 2147483647
+    END, claimed_at=strftime('%Y-%m-%d %H:%M:%f', 'now')
+WHERE pgqueue_jobs.id IN (
+    SELECT pgqueue_jobs.id
+    FROM pgqueue_jobs
+    WHERE pgqueue_jobs.queue = ?
+    AND pgqueue_jobs.status = 'pending'
+    AND pgqueue_jobs.run_at <= strftime('%Y-%m-%d %H:%M:%f', 'now')
+    AND NOT (EXISTS (
+            SELECT 1
+            FROM pgqueue_queues
+            WHERE pgqueue_queues.name = ?
+            AND pgqueue_queues.paused_at IS NOT NULL
+            AND (pgqueue_queues.paused_until IS NULL OR pgqueue_queues.paused_until > strftime('%Y-%m-%d %H:%M:%f',
+                'now'))))
+    ORDER BY pgqueue_jobs.priority DESC, pgqueue_jobs.run_at, pgqueue_jobs.id
+    LIMIT ? OFFSET ?)
+RETURNING id, task, CAST(payload AS TEXT) AS payload, priority, run_at, attempt, retries, max_retries, created_at,
+    CAST(metadata AS TEXT) AS metadata;
