@@ -237,7 +237,9 @@ class Mixture:
         self.pg.cancel(self.some_job())
 
     def replay(self) -> None:
-        self.pg.replay(self.some_job())
+        # Of any jobs hardly one would be cancelled and not yet pruned.
+        cancelled = [job.id for job in self.pg.list_jobs(status="cancelled", limit=20)]
+        self.pg.replay(self.random.choice(cancelled or self.ids))
 
     def delete(self) -> None:
         self.pg.delete(self.some_job())
