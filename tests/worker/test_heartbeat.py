@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import itertools
 import os
 import socket
 import threading
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from support import scalar, wait_for
+from support import execute, scalar, wait_for
 from working import Gate, enqueue, enqueue_many, events, seize, statuses, table, wait_for_status, working
 
 from pgqueue import PgQueue, Retry, Task, Worker, WorkerConfig, current_job, loop, store
@@ -75,8 +76,10 @@ def lease_end(pgq: PgQueue, job_id: int) -> str | None:
 
 
 @contextmanager
-def silent_worker(pgq: PgQueue, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Iterator[Worker]:
-    """A worker with one slot, none of whose heartbeats reaches the database."""
+def silent_worker(
+    pgq: PgQueue, monkeypatch: pytest.MonkeyPatch, heartbeats: int = 0, **settings: Any
+) -> Iterator[Worker]:
+    """A worker with one slot, of whose heartbeats only the first so many reach the database."""
     silent = Worker(
         pgq,
         WorkerConfig(
@@ -89,10 +92,10 @@ def silent_worker(pgq: PgQueue, monkeypatch: pytest.MonkeyPatch, **settings: Any
             }
         ),
     )
-    beat = store.beat
+    beat, tried = store.beat, itertools.count(1)
 
     def fail_for_this_worker(connection: sa.Connection, tables: Any, row: dict[str, Any]) -> None:
-        if row["id"] == silent.id:
+        if row["id"] == silent.id and next(tried) > heartbeats:
             raise sa.exc.OperationalError("INSERT", {}, ConnectionError("no answer"))
         beat(connection, tables, row)
 
@@ -286,6 +289,34 @@ def test_a_job_that_the_operator_cancels_while_it_runs_is_lost_to_its_worker(pgq
     assert events(pgq, job_id) == ["cancel"]
 
 
+@pytest.mark.parametrize("drain", [False, True])
+def test_a_job_that_its_worker_lost_and_claimed_again_counts_for_the_second_attempt_only(
+    pgq: PgQueue, gate: Gate, drain: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Taken away and free again before a heartbeat noticed."""
+
+    @pgq.task
+    def work() -> int:
+        if current_job().attempt == 1:
+            gate.pass_through()
+        return current_job().attempt
+
+    job_id = enqueue(work)
+
+    with working(pgq, lease=60.0, heartbeat_interval=30.0, drain=drain) as worker:
+        wait_for(lambda: gate.inside, "the job to run")
+        wait_for(pgq.workers, "the only heartbeat")
+        seize(pgq, job_id)
+        execute(pgq.engine, f"UPDATE {table(pgq, 'jobs')} SET run_at = created_at WHERE id = :id", id=job_id)
+        wait_for(lambda: worker.report.completed, "the second attempt")
+        gate.open()
+        wait_for(lambda: "changes nothing" in caplog.text, "the first outcome to be refused")
+
+    job = pgq.get_job(job_id)
+    assert (job.status, job.attempt, job.result) == ("completed", 2, 2)
+    assert (worker.report.completed, worker.report.lost) == (1, 1)
+
+
 # No heartbeat gets through ---------------------------------------------------------------------------------
 
 
@@ -316,12 +347,13 @@ def test_a_job_whose_worker_gives_no_sign_of_life_is_swept_and_its_late_outcome_
     assert (silent.report.swept, silent.report.completed, silent.report.lost) == (0, 0, 1)
 
 
+@pytest.mark.parametrize("heartbeats", [0, 2])
 def test_a_job_is_given_back_unstarted_when_its_lease_may_be_over(
-    pgq: PgQueue, gate: Gate, monkeypatch: pytest.MonkeyPatch
+    pgq: PgQueue, gate: Gate, monkeypatch: pytest.MonkeyPatch, heartbeats: int
 ) -> None:
     first, second = enqueue_many(held_up(pgq, gate, "def"), 2)
 
-    with silent_worker(pgq, monkeypatch, prefetch=5) as silent:
+    with silent_worker(pgq, monkeypatch, heartbeats, prefetch=5) as silent:
         wait_for(lambda: gate.inside and statuses(pgq) == {"running": 2}, "both jobs to be claimed")
         wait_for(lambda: lease_is_over(pgq, second), "the lease to end")
         gate.open()

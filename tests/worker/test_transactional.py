@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +12,8 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
-from support import execute, rows, scalar, wait_for
-from working import drain, enqueue, enqueue_many, events, seize, working
+from support import PATIENCE_SECONDS, execute, rows, scalar, wait_for
+from working import drain, enqueue, enqueue_many, events, seize, wait_for_status, working
 
 from pgqueue import Cancel, Discard, IllegalTransition, PgQueue, Retry, Snooze, Task, current_job
 
@@ -391,6 +392,42 @@ def test_an_async_task_that_a_stopping_worker_cancels_is_rolled_back(pgq: PgQueu
     assert (job.status, job.retries) == ("pending", 0)
     assert events(pgq, job_id) == ["release"]
     assert effects(pgq) == []
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_a_task_that_ends_after_its_job_was_given_back_has_no_effect(
+    pgq: PgQueue, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    def late(session: Session) -> str:
+        began.set()
+        assert go_on.wait(PATIENCE_SECONDS)
+        leave_effect(session)
+        return "too late"
+
+    async def late_async(session: AsyncSession) -> str:
+        began.set()
+        while not go_on.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.01)
+        await session.run_sync(leave_effect)
+        return "too late"
+
+    chosen: Any = late if kind == "def" else late_async
+    job_id = enqueue(pgq.task(name="late", transactional=True)(chosen))
+
+    with working(pgq, shutdown_timeout=0.05) as worker:
+        wait_for(began.is_set, "the task to run")
+        worker.stop()
+        wait_for_status(pgq, job_id, "pending")
+        go_on.set()
+        wait_for(lambda: "changes nothing" in caplog.text, "the outcome to be refused")
+
+    job = pgq.get_job(job_id)
+    assert (job.status, job.retries, job.result) == ("pending", 0, None)
+    assert effects(pgq) == []
+    assert (worker.report.released, worker.report.completed) == (1, 0)
 
 
 # What only PostgreSQL does ---------------------------------------------------------------------------------
