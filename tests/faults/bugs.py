@@ -104,15 +104,20 @@ def sweep_without_second_look(gates: Path) -> None:
 
 
 def claim_without_lock(gates: Path) -> None:
-    """A claim updates what it found a moment ago. Waits there until two workers have found the same."""
+    """A claim updates what it found a moment ago. Two workers find the same, and one waits until the other has it."""
     claim = store.claim
 
     def claim_found(connection: sa.Connection, tables: Tables, **parameters: Any) -> list[ClaimedJob]:
-        ids = list(connection.execute(sa.text("SELECT id FROM pgqueue.jobs WHERE status = 'pending'")).scalars())
-        if ids:
-            (gates / f"found-{os.getpid()}").touch()
+        def pending() -> list[int]:
+            return list(connection.execute(sa.text("SELECT id FROM pgqueue.jobs WHERE status = 'pending'")).scalars())
+
+        if ids := pending():
+            (gates / f"found-{os.getpid():09}").touch()
             _wait(lambda: len(list(gates.glob("found-*"))) == 2)
-            connection.execute(sa.text(BACK_TO_PENDING), {"ids": ids, "charge": 0})
+            if min(gates.glob("found-*")).name != f"found-{os.getpid():09}":
+                _wait(lambda: not pending())
+                connection.execute(sa.text(BACK_TO_PENDING), {"ids": ids, "charge": 0})
+                (gates / "claimed_again").touch()
         return claim(connection, tables, **parameters)
 
     store.claim = claim_found

@@ -7,7 +7,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 import sqlalchemy as sa
@@ -33,15 +33,15 @@ class Message:
 
     number: int  #: among all messages of all connections, from 1
     sql: str | None  #: the text, for a message that carries some
-    transaction: list[str] = field(default_factory=list)  #: the texts before it since the last BEGIN
-
-    @property
-    def is_commit(self) -> bool:
-        return self.sql is not None and self.sql.strip().upper() == "COMMIT"
+    transaction: list[str] | None  #: the texts before it since BEGIN; None outside of a transaction
 
     def commits(self, *parts: str) -> bool:
-        """Whether this commits a transaction with a statement that contains all these parts."""
-        return self.is_commit and any(all(part in sql for part in parts) for sql in self.transaction)
+        """Whether this commits a statement that contains all these parts: as COMMIT, or being that statement."""
+        if self.sql is None:
+            return False
+        if self.transaction is None:
+            return all(part in self.sql for part in parts)
+        return _is(self.sql, "COMMIT") and any(all(part in sql for part in parts) for sql in self.transaction)
 
 
 class Proxy:
@@ -95,7 +95,7 @@ class Proxy:
         self._threads.append(thread)
         thread.start()
 
-    def judge(self, sql: str | None, transaction: list[str]) -> Fault:
+    def judge(self, sql: str | None, transaction: list[str] | None) -> Fault:
         with self._lock:
             self._messages += 1
             fault = self._decide(Message(self._messages, sql, transaction))
@@ -128,13 +128,13 @@ def proxy(url: str, decide: Callable[[Message], Fault]) -> Iterator[Proxy]:
 
 
 class _Link:
-    """One connection through the proxy: a client's socket, a server's, and what was said since the last BEGIN."""
+    """One connection through the proxy: a client's socket, a server's, and what was said since BEGIN."""
 
     def __init__(self, owner: Proxy, client: socket.socket, server: socket.socket) -> None:
         self._owner = owner
         self._client = client
         self._server = server
-        self._transaction: list[str] = []
+        self._transaction: list[str] | None = None
         self._silenced = False
 
     def pump_client(self) -> None:
@@ -168,16 +168,18 @@ class _Link:
         head = self._receive(5)
         body = self._receive(struct.unpack("!i", head[1:])[0] - 4)
         sql = _sql_of(head[:1], body)
-        if sql is not None and sql.strip().upper().startswith("BEGIN"):
+        if sql is not None and _is(sql, "BEGIN"):
             self._transaction = []
-        fault = self._owner.judge(sql, list(self._transaction))
+        fault = self._owner.judge(sql, self._transaction)
         if fault is Fault.CUT:
             return False
         if fault is Fault.DROP_ANSWER:
             self._silenced = True  # before the server can answer
         self._server.sendall(head + body)
-        if sql is not None:
+        if sql is not None and self._transaction is not None:
             self._transaction.append(sql)
+            if _is(sql, "COMMIT") or _is(sql, "ROLLBACK"):
+                self._transaction = None
         return True
 
     def _receive(self, size: int) -> bytes:
@@ -200,6 +202,10 @@ def _sql_of(kind: bytes, body: bytes) -> str | None:
     if kind == b"P":  # Parse: the name of the statement, its text, its parameters' types
         return body.split(b"\0")[1].decode()
     return None
+
+
+def _is(sql: str, command: str) -> bool:
+    return sql.split()[:1] == [command] and "SAVEPOINT" not in sql
 
 
 def _cut(end: socket.socket) -> None:

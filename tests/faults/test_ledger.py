@@ -64,6 +64,8 @@ def a_job_is_finished_late_while_it_is_being_swept(pgq: PgQueue, fleet: Fleet, b
 def two_workers_look_for_jobs_at_once(pgq: PgQueue, fleet: Fleet, bug: str | None) -> None:
     fleet.workers(2, bug=bug)
     enqueue(pgq, "charge")
+    if bug:
+        wait_for((fleet.gates / "claimed_again").exists, "the second worker to claim the same job")
     wait_until_all_final(pgq)
 
 
