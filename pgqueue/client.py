@@ -190,6 +190,11 @@ class PgQueue:
         _watch_inserts(job_class)  # type: ignore[arg-type]  # a class is hashable
         return job_class
 
+    @property
+    def _job_class(self) -> type[_Job] | None:
+        """The mapped class, unless no database was named yet."""
+        return self.tables.job_class if self.has_database else None
+
     def dispose(self) -> None:
         """Close pgqueue's own connections; an engine that was given keeps its own. It connects again when used
         again."""
@@ -438,7 +443,7 @@ class PgQueue:
     ) -> None:
         chosen = _as_list(jobs)
         if session is not None:
-            _, connection = open_transaction(session, call)
+            _, connection = open_transaction(session, call, self._job_class)
             written = self._write(connection, chosen, outcome, delay)
         else:
             written = self._run(lambda connection: self._write(connection, chosen, outcome, delay))
@@ -455,7 +460,7 @@ class PgQueue:
         chosen = _as_list(jobs)
         if session is not None:
             written = await run_in_transaction(
-                session, call, lambda _, connection: self._write(connection, chosen, outcome, delay)
+                session, call, self._job_class, lambda _, connection: self._write(connection, chosen, outcome, delay)
             )
         else:
             written = await self._run_async(lambda connection: self._write(connection, chosen, outcome, delay))
@@ -755,7 +760,7 @@ class Task(Generic[P, R]):
         Raises InvalidPayload when the payload does not fit the function's parameters, WrongSession for anything
         that is not a synchronous session or connection, DuplicateJob as `on_conflict` says.
         """
-        target, connection = open_transaction(session, "enqueue")
+        target, connection = open_transaction(session, "enqueue", self.pgq._job_class)
         return self._insert(target, connection, self._new_job(args, payload))
 
     def enqueue_async(
@@ -767,7 +772,10 @@ class Task(Generic[P, R]):
         new_job = self._new_job(args, payload)
         return MustAwait(
             lambda: run_in_transaction(
-                opened, "enqueue_async", lambda target, connection: self._insert(target, connection, new_job)
+                opened,
+                "enqueue_async",
+                self.pgq._job_class,
+                lambda target, connection: self._insert(target, connection, new_job),
             ),
             f"enqueue_async() of task {self.name!r}",
             opened,
@@ -775,7 +783,7 @@ class Task(Generic[P, R]):
 
     def enqueue_many(self, session: SyncTransaction, payloads: Iterable[Mapping[str, Any]], /) -> list[int]:
         """Store a job for each payload, in bulk; their ids in the payloads' order. All or none is stored."""
-        target, connection = open_transaction(session, "enqueue_many")
+        target, connection = open_transaction(session, "enqueue_many", self.pgq._job_class)
         template, encoded = self._new_jobs(payloads)
         return self._insert_many(target, connection, template, encoded)
 
@@ -789,6 +797,7 @@ class Task(Generic[P, R]):
             lambda: run_in_transaction(
                 opened,
                 "enqueue_many_async",
+                self.pgq._job_class,
                 lambda target, connection: self._insert_many(target, connection, template, encoded),
             ),
             f"enqueue_many_async() of task {self.name!r}",
@@ -853,7 +862,7 @@ class Task(Generic[P, R]):
                 connection, tables, job, on_conflict=self.options.on_conflict, actor=default_actor()
             )
         if result.inserted or self.options.on_conflict is OnConflict.REPLACE:
-            self._wake(target, tables, job.queue)
+            self._wake(target, connection, job.queue)
         return result
 
     def _insert_many(
@@ -867,16 +876,16 @@ class Task(Generic[P, R]):
         with errors_explained(connection.engine.url):
             ids = store.insert_jobs(connection, tables, template, encoded)
         if ids:
-            self._wake(target, tables, template.queue)
+            self._wake(target, connection, template.queue)
         return ids
 
     @property
     def _is_due_at_once(self) -> bool:
         return self.options.delay is None and self.options.at is None
 
-    def _wake(self, target: Session | sa.Connection, tables: Tables, queue: str) -> None:
-        if tables.dialect_name == POSTGRESQL and self._is_due_at_once:
-            wake_after_commit(target, queue, self.pgq._wake_sender)
+    def _wake(self, target: Session | sa.Connection, connection: sa.Connection, queue: str) -> None:
+        if connection.dialect.name == POSTGRESQL and self._is_due_at_once:
+            wake_after_commit(target, connection, queue, self.pgq._wake_sender)
 
 
 #: Where a job made by `Task.new` remembers whom to tell once it is committed.
@@ -892,7 +901,7 @@ def _watch_inserts(job_class: type[Job]) -> None:
         wake = job.__dict__.get(_WAKE_ATTRIBUTE)
         session = object_session(job)
         if wake is not None and session is not None and connection.dialect.name == POSTGRESQL:
-            wake_after_commit(session, job.queue, wake)
+            wake_after_commit(session, connection, job.queue, wake)
 
 
 def _nack_outcome(

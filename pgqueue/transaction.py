@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, a
 from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 
 from pgqueue.errors import NotAwaited, WrongSession
+from pgqueue.job import Job
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +33,17 @@ _connection_wakes: weakref.WeakKeyDictionary[sa.Connection, dict[Wake, set[str]]
 _connection_unawaited: weakref.WeakKeyDictionary[sa.Connection, dict[object, str]] = weakref.WeakKeyDictionary()
 
 
-def open_transaction(given: object, call: str) -> tuple[Session | sa.Connection, sa.Connection]:
-    """The session or connection that was given, and the connection of its transaction. Raises WrongSession."""
+def open_transaction(
+    given: object, call: str, job_class: type[Job] | None
+) -> tuple[Session | sa.Connection, sa.Connection]:
+    """The session or connection that was given, and the connection of its transaction. Raises WrongSession.
+
+    job_class: the mapped one, if known. It tells a session with several databases which one to use.
+    """
     if isinstance(given, scoped_session):
         given = given()
     if isinstance(given, Session):
-        return given, given.connection()
+        return given, _connection_of(given, job_class)
     if isinstance(given, sa.Connection):
         return given, given
     if isinstance(given, AsyncSession | async_scoped_session | AsyncConnection):
@@ -49,13 +55,20 @@ def open_transaction(given: object, call: str) -> tuple[Session | sa.Connection,
 
 
 async def run_in_transaction(
-    given: object, call: str, work: Callable[[Session | sa.Connection, sa.Connection], T]
+    given: object,
+    call: str,
+    job_class: type[Job] | None,
+    work: Callable[[Session | sa.Connection, sa.Connection], T],
 ) -> T:
     """Run `work` on the transaction of an asynchronous session or connection. Raises WrongSession."""
     given = checked_async(given, call)
     if isinstance(given, AsyncSession):
-        return await given.run_sync(lambda session: work(session, session.connection()))
+        return await given.run_sync(lambda session: work(session, _connection_of(session, job_class)))
     return await given.run_sync(lambda connection: work(connection, connection))
+
+
+def _connection_of(session: Session, job_class: type[Job] | None) -> sa.Connection:
+    return session.connection(bind_arguments={} if job_class is None else {"mapper": sa.inspect(job_class)})
 
 
 def checked_async(given: object, call: str) -> AsyncSession | AsyncConnection:
@@ -83,13 +96,15 @@ def _refusal(given: object, call: str, expected: str) -> WrongSession:
 # After the commit ------------------------------------------------------------------------------------------
 
 
-def wake_after_commit(target: Session | sa.Connection, queue: str, wake: Wake) -> None:
+def wake_after_commit(target: Session | sa.Connection, connection: sa.Connection, queue: str, wake: Wake) -> None:
     """Call `wake` with the queue once the transaction of `target` is committed; never when it is rolled back.
+
+    connection: the one of that transaction, `target` itself or the session's.
 
     A wake-up is a hint: losing one costs a poll interval. So it never goes out inside the transaction, where a
     NOTIFY takes a lock for the whole server through the commit's fsync.
     """
-    if _commits_by_itself(target):
+    if _commits_by_itself(connection):
         _send({wake: {queue}}, committed=True)
         return
     if isinstance(target, Session):
@@ -109,9 +124,8 @@ def wake_after_commit(target: Session | sa.Connection, queue: str, wake: Wake) -
     wakes.setdefault(wake, set()).add(queue)
 
 
-def _commits_by_itself(target: Session | sa.Connection) -> bool:
+def _commits_by_itself(connection: sa.Connection) -> bool:
     """Whether each statement is a transaction of its own, so that no commit will be heard of."""
-    connection = target.connection() if isinstance(target, Session) else target
     return bool(getattr(connection.connection.driver_connection, "autocommit", False))
 
 
