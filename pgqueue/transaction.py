@@ -132,13 +132,13 @@ def _commits_by_itself(connection: sa.Connection) -> bool:
 def _session_committed(session: Session) -> None:
     if session.in_nested_transaction():
         return  # a savepoint was released; the transaction goes on
-    _send(session.info[_WAKES], committed=True)
+    _send(session.info.get(_WAKES, {}), committed=True)
 
 
 def _session_transaction_ended(session: Session, transaction: SessionTransaction) -> None:
     # After a commit nothing is left; what is left was rolled back, or closed without a commit.
     if transaction.parent is None:
-        session.info[_WAKES].clear()
+        session.info.get(_WAKES, {}).clear()
 
 
 def _connection_commits(connection: sa.Connection) -> None:
@@ -204,7 +204,9 @@ def _expect_await(target: AsyncSession | AsyncConnection) -> dict[object, str]:
         unawaited = session.info.get(_UNAWAITED)
         if unawaited is None:
             unawaited = session.info[_UNAWAITED] = {}
-            event.listen(session, "before_commit", lambda committing: _require_awaited(committing.info[_UNAWAITED]))
+            event.listen(
+                session, "before_commit", lambda committing: _require_awaited(committing.info.get(_UNAWAITED, {}))
+            )
         return unawaited
     connection = target.sync_connection
     if connection is None:

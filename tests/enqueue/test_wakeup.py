@@ -230,6 +230,23 @@ def test_nobody_is_woken_while_the_transaction_is_open(pg: PgQueue, listener: Li
         assert listener.next() == "mail"
 
 
+def test_a_session_whose_info_was_cleared_meanwhile_commits_all_the_same(pg: PgQueue) -> None:
+    async def enqueue_async() -> None:
+        async with AsyncSession(pg.async_engine) as session:
+            await external(pg).enqueue_async(session, n=2)
+            session.info.clear()
+            await session.commit()
+        await pg.async_engine.dispose()
+
+    with Session(pg.engine) as session:
+        external(pg).enqueue(session, n=1)
+        session.info.clear()
+        session.commit()
+    asyncio.run(enqueue_async())
+
+    assert len(statuses(pg)) == 2
+
+
 def test_the_release_of_a_savepoint_alone_wakes_nobody(pg: PgQueue, listener: Listener) -> None:
     with Session(pg.engine) as session, pg.engine.connect() as connection:
         for transaction in (session, connection):
