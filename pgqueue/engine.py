@@ -345,7 +345,7 @@ def is_transient(error: BaseException) -> bool:
     if not isinstance(error, exc.DBAPIError):
         return False
     if isinstance(error.orig, sqlite3.OperationalError):
-        return "locked" in str(error.orig)
+        return "lock" in str(error.orig)  # also "locking protocol": too many opened the file at once
     # Deadlock, serialization failure, lock or statement timeout, cached plan, out of space or connections.
     sqlstate = getattr(error.orig, "sqlstate", None) or ""
     return sqlstate in ("40P01", "40001", "55P03", "57014", "0A000") or sqlstate[:2] in ("53", "58")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sqlite3
 import threading
 from collections.abc import Iterator
 
@@ -121,6 +122,14 @@ def test_a_file_that_another_program_keeps_locked_is_named_and_nothing_is_writte
         f"{lite.url} has been locked by another process for 0.2 seconds; which program holds a transaction open on it?"
     )
     assert lite.get_job(job).status == "pending"
+
+
+@pytest.mark.parametrize("message", ["database is locked", "database table is locked", "locking protocol"])
+def test_what_sqlite_says_when_many_meet_at_a_file_is_reason_to_try_again(message: str) -> None:
+    error = sa.exc.OperationalError("BEGIN", {}, sqlite3.OperationalError(message))
+
+    assert engine.is_transient(error)
+    assert not engine.is_refusal(error)
 
 
 def enqueue(pgq: PgQueue) -> int:
