@@ -294,28 +294,12 @@ def no_flush(dialect_name: str) -> sa.ColumnElement[bool]:
     return setting.is_not(None)
 
 
-def claimable(
-    dialect_name: str,
-    jobs: sa.Table,
-    queue: sa.BindParameter[str],
-    filters: sa.ColumnElement[bool],
-    limit: sa.BindParameter[int],
-) -> sa.ScalarSelect[Any]:
-    """The ids to claim next in one queue: highest priority first, then longest due, then lowest id; locked.
+def lanes(jobs: sa.Table, queue: sa.BindParameter[str]) -> sa.Select[Any]:
+    """PostgreSQL: the priorities that pending jobs of one queue have, the highest first.
 
-    PostgreSQL: each priority is a lane of its own, found by stepping through the claim index, and probed for
-    what is due in it. So jobs scheduled for later cost nothing, however many there are and however high their
-    priority. `filters` speaks of the table itself; the lanes use aliases of it.
+    By stepping through the claim index from one priority to the next.
     """
     pending: sa.ColumnClause[str] = sa.literal_column("'pending'")
-    if dialect_name == SQLITE:
-        return (
-            sa.select(jobs.c.id)
-            .where(jobs.c.queue == queue, jobs.c.status == pending, jobs.c.run_at <= now(), filters)
-            .order_by(jobs.c.priority.desc(), jobs.c.run_at, jobs.c.id)
-            .limit(limit)
-            .scalar_subquery()
-        )
     first, following = jobs.alias("first"), jobs.alias("following")
     lane = (
         sa.select(
@@ -341,6 +325,37 @@ def claimable(
             .scalar_subquery()
         ).where(lane.c.priority.is_not(None))
     )
+    return sa.select(lane.c.priority).where(lane.c.priority.is_not(None))
+
+
+def claimable(
+    dialect_name: str,
+    jobs: sa.Table,
+    queue: sa.BindParameter[str],
+    filters: sa.ColumnElement[bool],
+    limit: sa.BindParameter[int],
+) -> sa.ScalarSelect[Any]:
+    """The ids to claim next in one queue: highest priority first, then longest due, then lowest id; locked.
+
+    PostgreSQL: lane by lane, as the parameter `lanes` names them, each from its mark on, and only what is due. So jobs
+    scheduled for later cost nothing, however many there are and however high their priority.
+    """
+    pending: sa.ColumnClause[str] = sa.literal_column("'pending'")
+    if dialect_name == SQLITE:
+        return (
+            sa.select(jobs.c.id)
+            .where(jobs.c.queue == queue, jobs.c.status == pending, jobs.c.run_at <= now(), filters)
+            .order_by(jobs.c.priority.desc(), jobs.c.run_at, jobs.c.id)
+            .limit(limit)
+            .scalar_subquery()
+        )
+    lane = rows(
+        dialect_name,
+        "lanes",
+        sa.column("priority", sa.SmallInteger),
+        sa.column("run_at", sa.DateTime(timezone=True)),
+        sa.column("id", sa.BigInteger),
+    )
     due = (
         sa.select(jobs.c.id)
         .where(
@@ -348,6 +363,7 @@ def claimable(
             jobs.c.priority == lane.c.priority,
             jobs.c.status == pending,
             jobs.c.run_at <= now(),
+            sa.tuple_(jobs.c.run_at, jobs.c.id) > sa.tuple_(lane.c.run_at, lane.c.id),
             filters,
         )
         .order_by(jobs.c.run_at, jobs.c.id)
@@ -356,10 +372,4 @@ def claimable(
         .correlate(lane)
         .lateral("due")
     )
-    return (
-        sa.select(due.c.id)
-        .select_from(lane.join(due, sa.true()))
-        .where(lane.c.priority.is_not(None))
-        .limit(limit)
-        .scalar_subquery()
-    )
+    return sa.select(due.c.id).select_from(lane.join(due, sa.true())).limit(limit).scalar_subquery()

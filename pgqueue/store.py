@@ -38,6 +38,7 @@ from pgqueue.job import (
     SweepResult,
     Transition,
 )
+from pgqueue.lanes import Lane
 from pgqueue.retry import DELAY_SECONDS_MAX
 from pgqueue.schema import OPEN_WITH_KEY, Tables
 
@@ -247,6 +248,16 @@ def _replace_pending(connection: sa.Connection, tables: Tables, job: NewJob, act
 # Claim, extend, finish -------------------------------------------------------------------------------------
 
 
+def lanes(connection: sa.Connection, tables: Tables, *, queue: str) -> list[int]:
+    """The priorities that pending jobs of one queue have, the highest first. For PostgreSQL."""
+    return list(connection.execute(_lanes(tables), {"of_queue": queue}).scalars())
+
+
+@cache
+def _lanes(tables: Tables) -> sa.Select[Any]:
+    return dialect.lanes(tables.jobs, sa.bindparam("of_queue", type_=sa.Text()))
+
+
 def claim(
     connection: sa.Connection,
     tables: Tables,
@@ -258,12 +269,15 @@ def claim(
     lease: float,
     tasks: Sequence[str] | None = None,
     flush: bool = True,
+    marks: Sequence[Lane] | None = None,
 ) -> list[ClaimedJob]:
     """Claim up to `limit` due jobs of one queue, for `lease` seconds, under a token never used before.
 
-    Only jobs of the named tasks, when names are given. Highest priority first, then longest due, then lowest id.
-    Nothing from a paused queue. flush=False, for a transaction of its own: its commit does not wait for the disk. A
-    server that crashes right then forgets the claim, and the fence refuses whatever its holder writes.
+    Only jobs of the named tasks, when names are given. Highest priority first, then longest due, then lowest id. On
+    PostgreSQL only from these lanes, behind their marks, when some are given. Nothing from a paused queue.
+
+    flush=False, for a transaction of its own: its commit does not wait for the disk. A server that crashes right then
+    forgets the claim, and the fence refuses whatever its holder writes.
     """
     parameters: dict[str, Any] = {
         "of_queue": queue,
@@ -274,6 +288,10 @@ def claim(
     }
     if tasks is not None:
         parameters["tasks"] = list(tasks)
+    if tables.dialect_name == dialect.POSTGRESQL:
+        if marks is None:
+            marks = [(priority, None, 0) for priority in lanes(connection, tables, queue=queue)]
+        parameters["lanes"] = _lanes_document(marks)
     rows = connection.execute(_claim(tables, tasks is not None, flush), parameters).all()
     claimed = [
         ClaimedJob(
@@ -296,6 +314,15 @@ def claim(
     # An UPDATE returns its rows in no particular order.
     claimed.sort(key=lambda job: (-job.priority, job.run_at, job.id))
     return claimed
+
+
+def _lanes_document(marks: Sequence[Lane]) -> str:
+    return json.dumps(
+        [
+            {"priority": priority, "run_at": run_at.isoformat() if run_at else "-infinity", "id": job_id}
+            for priority, run_at, job_id in marks
+        ]
+    )
 
 
 @cache

@@ -58,6 +58,7 @@ from pgqueue.job import (
     Released,
     Transition,
 )
+from pgqueue.lanes import Lanes
 from pgqueue.loop import DatabaseLoop, LoopEnded, Outage, TaskLoop
 from pgqueue.notifier import WakeListener
 from pgqueue.retry import decide
@@ -186,6 +187,8 @@ class Worker:
         self._slots = {
             name: Slots(self, name, count, self.config.prefetch) for name, count in self.config.queues.items()
         }
+        on_postgresql = pgq.engine.dialect.name == POSTGRESQL
+        self._lanes = {name: Lanes() for name in self.config.queues if on_postgresql}
         self._ran = False
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -363,14 +366,11 @@ class Worker:
         for slots in self._slots.values():
             if self.stopping:
                 return wait
-            wanted = self._wanted(slots)
-            if wanted == 0:
+            if self._wanted(slots) == 0:
                 continue
-            if time.monotonic() < slots.looks_empty_until:
-                wait = min(wait, slots.looks_empty_until - time.monotonic())
-                continue
-            if self._claim(connection, slots, wanted) == wanted:
-                wait = 0.0
+            if time.monotonic() >= slots.looks_empty_until:
+                self._fill(connection, slots)
+            wait = min(wait, slots.looks_empty_until - time.monotonic())
         if self.config.drain and wait > 0 and not self._held:
             return self._drain_step(connection)
         return max(wait, 0.0)
@@ -385,12 +385,40 @@ class Worker:
             wanted = max(0, min(wanted, left))
         return wanted
 
-    def _claim(self, connection: sa.Connection, slots: Slots, limit: int) -> int:
-        """Claim up to so many jobs of a queue and put them into its slots; how many there were."""
+    def _fill(self, connection: sa.Connection, slots: Slots) -> None:
+        """Claim what the slots of a queue want, and say when to try again."""
+        told = slots.looks_empty_until == 0.0
+        # Said before asking: a wake-up that comes while the claim is under way must not be overwritten after it.
+        slots.looks_empty_until = time.monotonic() + self.config.poll_interval
+        lanes = self._lanes.get(slots.name)
+        if lanes is None:
+            found_all = self._claim(connection, slots)
+        else:
+            # What a worker is told of lies behind the marks, as a rule.
+            found_all = (told or not lanes.may_look()) and self._claim(connection, slots, lanes)
+            if lanes.may_look() and (not found_all or lanes.should_look()):
+                pending = self._look(connection, slots, lanes)
+                found_all = found_all or (pending and self._claim(connection, slots, lanes))
+            elif not found_all:
+                slots.looks_empty_until = min(slots.looks_empty_until, lanes.look_allowed_at)
+        if found_all:
+            slots.looks_empty_until = 0.0
+
+    def _look(self, connection: sa.Connection, slots: Slots, lanes: Lanes) -> bool:
+        """Let the next claim begin at the front of each lane; False when nothing is pending."""
+        began = time.monotonic()
+        with committing_each(connection):
+            pending = store.lanes(connection, self.pgq.tables, queue=slots.name)
+        lanes.looked(pending, began, time.monotonic())
+        return bool(pending)
+
+    def _claim(self, connection: sa.Connection, slots: Slots, lanes: Lanes | None = None) -> bool:
+        """Claim as many jobs of a queue as its slots want, and put them there; whether there were so many."""
+        limit = self._wanted(slots)
+        if limit == 0:
+            return True
         token = uuid.uuid4()
         asked_at = time.monotonic()
-        # Said before asking: a wake-up that comes while the claim is under way must not be overwritten after it.
-        slots.looks_empty_until = asked_at + self.config.poll_interval
         try:
             with committing_each(connection):
                 claimed = store.claim(
@@ -403,21 +431,22 @@ class Worker:
                     lease=self.config.lease,
                     tasks=self._task_names,
                     flush=False,
+                    marks=lanes.marks() if lanes is not None else None,
                 )
         except BaseException:
             # The claim may have been committed although its answer did not arrive.
             self._unsure_claims.append(token)
             slots.looks_empty_until = 0.0
             raise
-        if len(claimed) == limit:
-            slots.looks_empty_until = 0.0
+        if lanes is not None:
+            lanes.claimed(claimed)
         if claimed:
             self._drain_wait = DRAIN_SECONDS_MIN
         self._hold(claimed, asked_at + self.config.lease)
         if not slots.add(claimed):  # the claim took so long that the worker stopped meanwhile
             self._unsure_claims.append(token)
             self._release_unsure(connection)
-        return len(claimed)
+        return len(claimed) == limit
 
     def _hold(self, claimed: Sequence[ClaimedJob], sure_until: float) -> None:
         older = []
@@ -447,7 +476,7 @@ class Worker:
             self.stop()
             return self.config.poll_interval
         for slots in self._slots.values():
-            slots.looks_empty_until = 0.0
+            slots.looks_empty_until = time.monotonic()
         wait = self.config.poll_interval
         if left.next_run_seconds is not None:
             # Jobs may be due and yet out of reach (a paused queue, a locked row): look for them less and less often.

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from pgqueue import PgQueue, Task, store
 from pgqueue.dialect import POSTGRESQL, UTCDateTime, seconds_from_now
 from pgqueue.job import ClaimedJob, ErrorInfo, EventType, JobStatus, Transition
+from pgqueue.lanes import Lane
 
 
 def external(pgq: PgQueue, name: str = "work") -> Task[..., Any]:
@@ -39,6 +40,7 @@ def claim(
     queue: str = "default",
     lease: float = 60.0,
     tasks: list[str] | None = None,
+    marks: list[Lane] | None = None,
 ) -> list[ClaimedJob]:
     """Claim and commit, without a sweep before it."""
     with pgq.begin() as connection:
@@ -51,6 +53,7 @@ def claim(
             limit=limit,
             lease=lease,
             tasks=tasks,
+            marks=marks,
         )
 
 

@@ -27,6 +27,8 @@ from jobs import (
 
 from pgqueue import PgQueue, store
 
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+
 
 def test_a_claim_takes_a_due_job_and_says_all_that_an_attempt_needs(pgq: PgQueue) -> None:
     job_id = add_one(pgq, priority=4, max_retries=2, metadata={"trace": "t"})
@@ -128,6 +130,37 @@ def test_many_priorities_are_each_a_lane(pgq: PgQueue) -> None:
     jobs = claim(pgq, limit=1_000)
 
     assert [job.id for job in jobs] == [ids[priority] for priority in sorted(ids, reverse=True)]
+
+
+def test_the_lanes_of_a_queue_are_the_priorities_of_its_pending_jobs(pg: PgQueue) -> None:
+    for priority in (0, 7, -7, 7):
+        add_one(pg, priority=priority)
+    add_one(pg, priority=3, queue="other")
+    add_one(pg, priority=5)
+    claim_one(pg)  # of the two with 7
+    claim_one(pg)
+    claim_one(pg)  # the one with 5
+
+    with pg.begin() as connection:
+        assert store.lanes(connection, pg.tables, queue="default") == [0, -7]
+
+
+def test_a_claim_with_marks_takes_what_lies_behind_them_in_these_lanes(pg: PgQueue) -> None:
+    early, late = NOON, NOON + timedelta(microseconds=1)
+    add_one(pg, at=early, priority=9)
+    first, second = add_one(pg, at=early), add_one(pg, at=early)
+    third = add_one(pg, at=late)
+    low = add_one(pg, at=early, priority=-9)
+
+    jobs = claim(pg, limit=10, marks=[(0, early, first), (-9, None, 0)])
+
+    assert [job.id for job in jobs] == [second, third, low]
+
+
+def test_a_claim_without_lanes_takes_nothing(pg: PgQueue) -> None:
+    add_one(pg)
+
+    assert claim(pg, marks=[]) == []
 
 
 # Due -------------------------------------------------------------------------------------------------------

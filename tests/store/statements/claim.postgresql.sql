@@ -17,20 +17,26 @@ WITH RECURSIVE lane(priority) AS (
         LIMIT %(param_2)s::INTEGER) AS anon_1
     FROM lane
     WHERE lane.priority IS NOT NULL)
+SELECT lane.priority
+FROM lane
+WHERE lane.priority IS NOT NULL;
+
 UPDATE pgqueue.jobs
 SET status='running', claimed_by=%(worker)s::VARCHAR, claim_token=%(token)s::UUID, claim_expires_at=now() +
     make_interval(secs => CAST(%(lease)s AS double precision)), attempt=CASE WHEN (pgqueue.jobs.attempt < 2147483647)
     THEN pgqueue.jobs.attempt + 1 ELSE 2147483647 END, claimed_at=now()
 WHERE pgqueue.jobs.id = ANY (ARRAY(
         SELECT due.id
-        FROM lane
+        FROM json_to_recordset(CAST(%(lanes)s::VARCHAR AS JSON)) AS r(priority SMALLINT, run_at TIMESTAMP WITH TIME
+            ZONE, id BIGINT)
         JOIN LATERAL (
             SELECT pgqueue.jobs.id AS id
             FROM pgqueue.jobs
             WHERE pgqueue.jobs.queue = %(of_queue)s::VARCHAR
-            AND pgqueue.jobs.priority = lane.priority
+            AND pgqueue.jobs.priority = r.priority
             AND pgqueue.jobs.status = 'pending'
             AND pgqueue.jobs.run_at <= now()
+            AND (pgqueue.jobs.run_at, pgqueue.jobs.id) > (r.run_at, r.id)
             AND NOT (EXISTS (
                     SELECT 1
                     FROM pgqueue.queues
@@ -41,7 +47,6 @@ WHERE pgqueue.jobs.id = ANY (ARRAY(
             ORDER BY pgqueue.jobs.run_at, pgqueue.jobs.id
             LIMIT %(limit)s::INTEGER
             FOR UPDATE SKIP LOCKED) AS due ON true
-        WHERE lane.priority IS NOT NULL
         LIMIT %(limit)s::INTEGER))
 RETURNING pgqueue.jobs.id, pgqueue.jobs.task, CAST(pgqueue.jobs.payload AS TEXT) AS payload, pgqueue.jobs.priority,
     pgqueue.jobs.run_at, pgqueue.jobs.attempt, pgqueue.jobs.retries, pgqueue.jobs.max_retries,
