@@ -561,7 +561,7 @@ class Worker:
         ending = False
         try:
             with connection, Session(connection, expire_on_commit=False) as session:
-                guard = _CommitGuard(session, definition)
+                guard = _CommitGuard(session, connection, definition)
                 outcome = execute(definition, job, session)
                 if not isinstance(outcome, Completed):
                     session.rollback()
@@ -595,7 +595,9 @@ class Worker:
                     return NOT_BEGUN if is_transient(error) else outcome_of(error)
                 # It begins its transaction when the task first uses it: on SQLite that keeps all others from writing.
                 session = await stack.enter_async_context(AsyncSession(connection, expire_on_commit=False))
-                guard = _CommitGuard(session.sync_session, definition)
+                sync_connection = connection.sync_connection
+                assert sync_connection is not None
+                guard = _CommitGuard(session.sync_session, sync_connection, definition)
                 outcome = await execute_async(definition, job, session)
                 if not isinstance(outcome, Completed):
                     await session.rollback()
@@ -865,16 +867,21 @@ def _outcome_of_broken(outcome: Outcome | None, error: BaseException) -> Outcome
 
 
 class _CommitGuard:
-    """Keeps a transactional task from committing its session itself, which would part its rows from its
+    """Keeps a transactional task from committing its session or connection itself, which would part its rows from its
     completion."""
 
-    def __init__(self, session: Session, definition: TaskDefinition) -> None:
+    def __init__(self, session: Session, connection: sa.Connection, definition: TaskDefinition) -> None:
         self.open = False
         self._name = definition.name
         event.listen(session, "before_commit", self._before_commit)
+        event.listen(connection, "commit", self._refuse)
 
     def _before_commit(self, session: Session) -> None:
-        if not self.open and not session.in_nested_transaction():
+        if not session.in_nested_transaction():
+            self._refuse()
+
+    def _refuse(self, *_: object) -> None:
+        if not self.open:
             raise IllegalTransition(
                 f"the transactional task {self._name!r} committed its session; leave that to the worker, which commits "
                 "it together with the job's completion"

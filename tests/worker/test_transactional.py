@@ -298,10 +298,13 @@ def test_a_claim_that_was_lost_meanwhile_takes_the_rows_with_it(
 # A session that is the worker's ----------------------------------------------------------------------------
 
 
-def test_a_task_that_commits_its_session_has_failed(pgq: PgQueue, transactional: Register) -> None:
+@pytest.mark.parametrize("commit", [Session.commit, lambda session: session.connection().commit()])
+def test_a_task_that_commits_its_session_or_the_connection_below_has_failed(
+    pgq: PgQueue, transactional: Register, commit: Callable[[Session], None]
+) -> None:
     def work(session: Session) -> None:
         leave_effect(session)
-        session.commit()
+        commit(session)
 
     job_id = enqueue(transactional(pgq, work, retry=Retry(max_retries=0)))
 
