@@ -22,8 +22,9 @@ logger = logging.getLogger(__name__)
 #: SQLAlchemy reports the commit of a bare Connection just before it happens; a wake-up then waits this long.
 COMMIT_GRACE_SECONDS = 0.005
 
-#: Wake-ups of one process within this time become one NOTIFY per queue.
-COALESCE_SECONDS = 0.005
+#: Wake-ups of one process within this time become one NOTIFY per queue. The first goes out at once; while more keep
+#: coming the time doubles, up to the second figure, because each NOTIFY takes the server as long as a small commit.
+COALESCE_SECONDS, COALESCE_SECONDS_MAX = 0.005, 0.05
 
 #: A sender with nothing to send gives its connection back after this time.
 IDLE_SECONDS = 30.0
@@ -80,8 +81,10 @@ class WakeSender:
 
     def _run(self) -> None:
         connection: sa.Connection | None = None
+        pause = COALESCE_SECONDS
         try:
             while True:
+                pause = min(pause * 2, COALESCE_SECONDS_MAX) if self._wanted else COALESCE_SECONDS
                 if not self._closing and not self._changed.wait(IDLE_SECONDS):
                     with self._lock:
                         if not self._wanted:
@@ -105,7 +108,8 @@ class WakeSender:
                         connection.invalidate()
                         connection.close()
                         connection = None
-                time.sleep(COALESCE_SECONDS)
+                if not self._closing:
+                    time.sleep(pause)
         finally:
             if connection is not None:
                 connection.close()

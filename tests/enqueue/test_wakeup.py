@@ -309,6 +309,7 @@ def test_the_wake_ups_of_many_transactions_are_coalesced(
 ) -> None:
     """While one wake-up is on its way, those that follow wait, and become one."""
     monkeypatch.setattr("pgqueue.notifier.COALESCE_SECONDS", 1.0)
+    monkeypatch.setattr("pgqueue.notifier.COALESCE_SECONDS_MAX", 1.0)
     add(pg, queue="first")
     assert listener.next() == "first"
 
