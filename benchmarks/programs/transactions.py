@@ -1,4 +1,5 @@
-"""Transactions of an application: one row of its own through a Session, and what stands beside it in turn.
+"""Transactions of an application: one row of its own through a Session, and what stands beside it in turn; and a job
+alone, through a Connection.
 
     python transactions.py run URL '{"clients": 8, "blocks": 12, "block_seconds": 0.25}'
 
@@ -16,15 +17,22 @@ import time
 from collections.abc import Callable
 
 from pgqueue_app import Order, noop, pgq
-from sqlalchemy import create_engine, text
+from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.orm import Session
 
 INSERT = "INSERT INTO pgqueue.jobs (task, payload) VALUES (%s, %s) RETURNING id"
 
-KINDS = ("row alone", "row and bare INSERT", "row and enqueue", "row, bare INSERT and NOTIFY inside")
+KINDS = (
+    "row alone",
+    "row and bare INSERT",
+    "row and enqueue",
+    "row, bare INSERT and NOTIFY inside",
+    "bare INSERT alone",
+    "enqueue alone",
+)
 
 
-def transaction_of(kind: str, session: Session) -> Callable[[int], None]:
+def transaction_of(kind: str, session: Session, connection: Connection) -> Callable[[int], None]:
     def row_alone(n: int) -> None:
         session.add(Order(job=1))
         session.commit()
@@ -45,7 +53,16 @@ def transaction_of(kind: str, session: Session) -> Callable[[int], None]:
         session.execute(text("NOTIFY jobs, 'default'"))
         session.commit()
 
-    return dict(zip(KINDS, (row_alone, row_and_insert, row_and_enqueue, row_insert_and_notify), strict=True))[kind]
+    def insert(n: int) -> None:
+        connection.exec_driver_sql(INSERT, ("noop", f'{{"n": {n}}}')).scalar_one()
+        connection.commit()
+
+    def enqueue(n: int) -> None:
+        noop.enqueue(connection, n=n)
+        connection.commit()
+
+    transactions = (row_alone, row_and_insert, row_and_enqueue, row_insert_and_notify, insert, enqueue)
+    return dict(zip(KINDS, transactions, strict=True))[kind]
 
 
 def client(
@@ -58,15 +75,16 @@ def client(
     pgq.connect_to(url)
     done = dict.fromkeys(KINDS, 0)
     spent = dict.fromkeys(KINDS, 0.0)
-    with Session(create_engine(url)) as session:
+    engine = create_engine(url)
+    with Session(engine) as session, engine.connect() as connection:
         for kind in KINDS:  # statements compiled and caches filled
-            transaction = transaction_of(kind, session)
+            transaction = transaction_of(kind, session, connection)
             for n in range(20):
                 transaction(n)
         for block in range(blocks):
             shift = block % len(KINDS)
             for kind in KINDS[shift:] + KINDS[:shift]:
-                transaction = transaction_of(kind, session)
+                transaction = transaction_of(kind, session, connection)
                 barrier.wait()
                 began = time.perf_counter()
                 until = began + block_seconds
