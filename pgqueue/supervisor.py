@@ -32,6 +32,9 @@ SUPERVISED_VARIABLE = "PGQUEUE_SUPERVISED"
 #: Exit code of a drain that left dead jobs behind.
 DRAINED_WITH_DEAD = 8
 
+#: The system may give a signal to any thread, and Python handles it in the main thread, once that one moves.
+SIGNAL_SECONDS = 0.5
+
 #: How long a worker may take to give its jobs back, and processes to end, after a second signal.
 ABORT_SECONDS = 5.0
 
@@ -187,9 +190,9 @@ class Supervisor:
         moments = [child.restart_at for child in self._children if child.restart_at is not None]
         if self._kill_at is not None:
             moments.append(self._kill_at)
-        timeout = max(0.0, min(moments) - time.monotonic()) if moments else None
+        wait = max(0.0, min(moments) - time.monotonic()) if moments else SIGNAL_SECONDS
         try:
-            event = self._events.get(timeout=timeout)
+            event = self._events.get(timeout=min(wait, SIGNAL_SECONDS))
         except queue.Empty:
             return
         if isinstance(event, _Child):

@@ -86,6 +86,17 @@ def stop() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def test_a_signal_that_the_system_gives_to_another_thread_stops_the_processes_too(children: Children) -> None:
+    def stop_from_here() -> None:
+        wait_for(lambda: children.pids(), "a process")
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+    with meanwhile(stop_from_here):
+        code = supervise(children.shell("exec sleep 1000")).run()
+
+    assert code == 0
+
+
 def test_a_process_that_is_killed_is_replaced(children: Children, caplog: pytest.LogCaptureFixture) -> None:
     def kill_one() -> None:
         pids = wait_for(lambda: pids if len(pids := children.pids()) == 2 else None, "two processes")
