@@ -35,6 +35,11 @@ class Lanes:
         self._look_wanted_at = 0.0
         self._marks: dict[int, tuple[datetime | None, int]] = {}
 
+    @property
+    def known(self) -> bool:
+        """Whether there is a lane to claim from."""
+        return bool(self._marks)
+
     def may_look(self) -> bool:
         return time.monotonic() >= self.look_allowed_at
 

@@ -395,7 +395,8 @@ class Worker:
             found_all = self._claim(connection, slots)
         else:
             # What a worker is told of lies behind the marks, as a rule.
-            found_all = (told or not lanes.may_look()) and self._claim(connection, slots, lanes)
+            goes_on = lanes.known and (told or not lanes.may_look())
+            found_all = goes_on and self._claim(connection, slots, lanes)
             if lanes.may_look() and (not found_all or lanes.should_look()):
                 pending = self._look(connection, slots, lanes)
                 found_all = found_all or (pending and self._claim(connection, slots, lanes))

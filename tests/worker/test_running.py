@@ -12,7 +12,7 @@ import pytest
 from support import execute, scalar, wait_for
 from working import Gate, drain, enqueue, enqueue_many, events, statuses, table, wait_for_status, working
 
-from pgqueue import Cancel, ClaimedJob, Discard, PgQueue, Retry, Snooze, Worker, WorkerConfig, current_job, store
+from pgqueue import Cancel, Discard, PgQueue, Retry, Snooze, Worker, WorkerConfig, current_job, store
 
 AT_ONCE = Retry(max_retries=2, backoff="constant", base=0, jitter=False)
 
@@ -516,27 +516,30 @@ def test_an_enqueue_wakes_an_idle_worker(pg: PgQueue) -> None:
             wait_for_status(pg, enqueue(works), "completed")
 
 
-def test_a_wake_up_that_comes_while_a_claim_is_under_way_is_not_lost(
-    pg: PgQueue, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("question", ["lanes", "claim"])
+def test_a_wake_up_that_comes_while_the_database_is_asked_for_jobs_is_not_lost(
+    pg: PgQueue, monkeypatch: pytest.MonkeyPatch, question: str
 ) -> None:
     @pg.task
     def works() -> None: ...
 
+    if question == "claim":
+        enqueue(works)
     ids: list[int] = []
-    claim = store.claim
+    ask = getattr(store, question)
 
-    def claim_and_miss(*arguments: Any, **settings: Any) -> list[ClaimedJob]:
-        found = claim(*arguments, **settings)
+    def ask_and_miss(*arguments: Any, **settings: Any) -> Any:
+        found = ask(*arguments, **settings)
         if not ids:
-            # After the claim's snapshot and before its answer is looked at.
+            # After the question's snapshot and before its answer is looked at.
             ids.append(enqueue(works))
             worker._woken("default")
         return found
 
-    monkeypatch.setattr(store, "claim", claim_and_miss)
+    monkeypatch.setattr(store, question, ask_and_miss)
 
     with working(pg, poll_interval=300, listen=False) as worker:
-        wait_for(lambda: ids, "the claim that misses a job")
+        wait_for(lambda: ids, "the question that misses a job")
         wait_for_status(pg, ids[0], "completed")
 
 
