@@ -170,6 +170,7 @@ def test_a_worker_stops_in_an_outage_and_says_what_it_leaves_behind(
         gate.open()
         worker.stop()
         worker.join(PATIENCE_SECONDS)
+    wait_for(lambda: not worker._finisher.is_alive(), "its last try to write the end")
     outage.end()
 
     assert logged(caplog, "the database cannot be reached: 1 jobs stay claimed until their lease ends") == 1
