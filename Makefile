@@ -37,10 +37,13 @@ demo: $(VENV)/.pgqueue ## run the main job on SQLite: index the standard library
 test: $(VENV)/.pgqueue-test ## run the tests, on a real PostgreSQL and on SQLite; e.g. make test ARGS='--pg all'
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --maxprocesses 4 $(ARGS)
 
-test-oldest: ## run the tests of the database layer with the oldest libraries that are allowed, in an environment of their own
+OLDEST_TESTS := tests/migrations tests/enqueue/test_session.py tests/store/test_finish.py tests/store/test_claim.py \
+	tests/worker/test_transactional.py
+
+test-oldest: ## run tests of the database layer with the oldest libraries that are allowed, SQLAlchemy 2.0 among them
 	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -c tests/oldest.txt
-	.venv-oldest/bin/python -m pytest -n $(PYTEST_WORKERS) --maxprocesses 4 $(or $(ARGS),tests/enqueue tests/migrations tests/store)
+	.venv-oldest/bin/python -m pytest -n $(PYTEST_WORKERS) --maxprocesses 4 $(or $(ARGS),$(OLDEST_TESTS))
 
 lint: $(VENV)/.pgqueue-lint ## check style
 	$(BIN)/ruff check .
