@@ -9,6 +9,7 @@ priority nobody used before) is found by looking again from the front, now and t
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
@@ -16,6 +17,9 @@ from pgqueue.job import ClaimedJob
 
 #: Looking from the front takes this share of the time at most,
 LOOK_SHARE = 0.05
+
+#: judged by the quickest of so many looks, because one may be slow for reasons of its own,
+LOOKS_JUDGED = 3
 
 #: and is done again after so many seconds at the latest, whatever it costs.
 LOOK_SECONDS_MAX = 20.0
@@ -33,6 +37,7 @@ class Lanes:
     def __init__(self) -> None:
         self.look_allowed_at = 0.0  #: monotonic; to look from the front before would cost too much
         self._look_wanted_at = 0.0
+        self._took = deque([0.0], maxlen=LOOKS_JUDGED)  # seconds, the latest looks
         self._marks: dict[int, tuple[datetime | None, int]] = {}
 
     @property
@@ -51,7 +56,8 @@ class Lanes:
         """Jobs are pending in these lanes; to find that out took from `began` to `ended`."""
         for priority in priorities:
             self._marks[priority] = (None, 0)
-        rest = min((ended - began) / LOOK_SHARE, LOOK_SECONDS_MAX)
+        self._took.append(ended - began)
+        rest = min(min(self._took) / LOOK_SHARE, LOOK_SECONDS_MAX)
         self.look_allowed_at = ended + rest
         self._look_wanted_at = ended + max(rest, LOOK_SECONDS_MIN)
 

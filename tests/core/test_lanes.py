@@ -6,8 +6,10 @@ import time
 import uuid
 from datetime import UTC, datetime, timedelta
 
+import pytest
+
 from pgqueue.job import ClaimedJob
-from pgqueue.lanes import LOOK_SECONDS_MAX, LOOK_SECONDS_MIN, LOOK_SHARE, Lanes
+from pgqueue.lanes import LOOK_SECONDS_MAX, LOOK_SECONDS_MIN, LOOK_SHARE, LOOKS_JUDGED, Lanes
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
@@ -42,22 +44,36 @@ def test_a_look_sets_the_lanes_that_it_finds_back_to_their_front_and_forgets_non
     assert lanes.marks() == [(9, None, 0), (0, NOON, 2), (-3, None, 0)]
 
 
+def look(lanes: Lanes, *seconds: float) -> float:
+    """Look as often as there are durations; when the last look ended."""
+    ended = time.monotonic()
+    for took in seconds:
+        lanes.looked([], began=ended - took, ended=ended)
+    return ended
+
+
 def test_looks_take_no_more_than_their_share_of_the_time() -> None:
     lanes = Lanes()
-    ended = time.monotonic()
 
-    lanes.looked([], began=ended - 0.5, ended=ended)
+    ended = look(lanes, *[0.5] * LOOKS_JUDGED)
 
-    assert lanes.look_allowed_at == ended + 0.5 / LOOK_SHARE
+    assert lanes.look_allowed_at == pytest.approx(ended + 0.5 / LOOK_SHARE)
     assert not lanes.may_look()
     assert not lanes.should_look()
 
 
+def test_a_look_that_was_slow_for_once_does_not_put_off_the_next() -> None:
+    lanes = Lanes()
+
+    ended = look(lanes, *[0.001] * LOOKS_JUDGED, 5.0)
+
+    assert lanes.look_allowed_at == pytest.approx(ended + 0.001 / LOOK_SHARE)
+
+
 def test_a_look_is_never_further_away_than_promised_however_long_it_takes() -> None:
     lanes = Lanes()
-    ended = time.monotonic()
 
-    lanes.looked([], began=ended - 3_600, ended=ended)
+    ended = look(lanes, *[3_600.0] * LOOKS_JUDGED)
 
     assert lanes.look_allowed_at == ended + LOOK_SECONDS_MAX
 
