@@ -22,6 +22,7 @@ from typing import Any
 
 import pydantic_core
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import psycopg
 
 from pgqueue import dialect
 from pgqueue.dialect import TextArray, id_in, json_of, now, seconds_from_now, seconds_since, text_in
@@ -79,9 +80,13 @@ def insert_job(
     actor: str = "enqueue",
 ) -> EnqueueResult:
     """Store one job. With a unique key that an open job of the task has, `on_conflict` decides."""
-    insert = _insert_job(tables, job.delay_seconds is not None, job.run_at is not None, job.unique_key is not None)
+    shape = (tables, job.delay_seconds is not None, job.run_at is not None, job.unique_key is not None)
+    insert = _insert_job(*shape)
     parameters = _job_parameters(job)
     if job.unique_key is None:
+        if connection.dialect.driver == "psycopg":
+            # The one statement of the package that runs once a job: as text it takes half the client's time.
+            return EnqueueResult(connection.exec_driver_sql(_insert_job_text(*shape), parameters).scalar_one())
         return EnqueueResult(connection.execute(insert, parameters).scalar_one())
 
     holder = _key_holder(tables)
@@ -180,6 +185,13 @@ def _insert_job(tables: Tables, has_delay: bool, has_run_at: bool, has_key: bool
             index_elements=[jobs.c.task, jobs.c.unique_key], index_where=sa.text(OPEN_WITH_KEY)
         )
     return statement.values(values).returning(jobs.c.id)
+
+
+@cache
+def _insert_job_text(tables: Tables, has_delay: bool, has_run_at: bool, has_key: bool) -> str:
+    """The same INSERT as psycopg takes it."""
+    dialect_of_psycopg: sa.Dialect = psycopg.dialect()  # type: ignore[no-untyped-call]
+    return str(_insert_job(tables, has_delay, has_run_at, has_key).compile(dialect=dialect_of_psycopg))
 
 
 @cache
