@@ -202,45 +202,39 @@ def _(element: id_in, compiler: SQLCompiler, **kw: Any) -> str:
     return f"{compiler.process(column, **kw)} IN {compiler.process(subquery, **kw)}"
 
 
-class text_in(_condition):
+class _among(_condition):
+    """The column is one of a list, which is one parameter."""
+
+    inherit_cache = True
+    array = "{}"  #: how PostgreSQL is given the parameter
+
+
+class text_in(_among):
     """`text_in(column, bindparam(…, type_=TextArray()))`: the column is one of a list of strings."""
 
     inherit_cache = True
 
 
-@compiles(text_in, POSTGRESQL)
-def _(element: text_in, compiler: SQLCompiler, **kw: Any) -> str:
-    column, strings = element.clauses
-    return f"{compiler.process(column, **kw)} = ANY ({compiler.process(strings, **kw)})"
-
-
-@compiles(text_in, SQLITE)
-def _(element: text_in, compiler: SQLCompiler, **kw: Any) -> str:
-    column, strings = element.clauses
-    values = f"json_each({compiler.process(strings, **kw)})"
-    return f"{compiler.process(column, **kw)} IN (SELECT value FROM {values})"  # noqa: S608 — compiled, no user text
-
-
-class id_among(_condition):
+class id_among(_among):
     """`id_among(column, bindparam(…, type_=IdArray()))`: the column is one of a list of ids.
 
     On PostgreSQL the rows are found, and so locked, in the order of their ids.
     """
 
     inherit_cache = True
+    array = "CAST({} AS bigint[])"
 
 
-@compiles(id_among, POSTGRESQL)
-def _(element: id_among, compiler: SQLCompiler, **kw: Any) -> str:
-    column, ids = element.clauses
-    return f"{compiler.process(column, **kw)} = ANY (CAST({compiler.process(ids, **kw)} AS bigint[]))"
+@compiles(_among, POSTGRESQL)
+def _(element: _among, compiler: SQLCompiler, **kw: Any) -> str:
+    column, values = (compiler.process(clause, **kw) for clause in element.clauses)
+    return f"{column} = ANY ({element.array.format(values)})"
 
 
-@compiles(id_among, SQLITE)
-def _(element: id_among, compiler: SQLCompiler, **kw: Any) -> str:
-    column, ids = element.clauses
-    values = f"json_each({compiler.process(ids, **kw)})"
-    return f"{compiler.process(column, **kw)} IN (SELECT value FROM {values})"  # noqa: S608 — compiled, no user text
+@compiles(_among, SQLITE)
+def _(element: _among, compiler: SQLCompiler, **kw: Any) -> str:
+    column, values = (compiler.process(clause, **kw) for clause in element.clauses)
+    return f"{column} IN (SELECT value FROM json_each({values}))"  # noqa: S608 — compiled, no user text
 
 
 # Sets of rows as one parameter -----------------------------------------------------------------------------
