@@ -25,7 +25,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import psycopg
 
 from pgqueue import dialect
-from pgqueue.dialect import TextArray, id_in, json_of, now, seconds_from_now, seconds_since, text_in
+from pgqueue.dialect import IdArray, TextArray, id_among, id_in, json_of, now, seconds_from_now, seconds_since, text_in
 from pgqueue.errors import DuplicateJob, IllegalTransition, JobNotFound
 from pgqueue.job import (
     FINAL_STATUSES,
@@ -49,6 +49,9 @@ RUNNING: sa.ColumnClause[str] = sa.literal_column("'running'")
 COMPLETED: sa.ColumnClause[str] = sa.literal_column("'completed'")
 DEAD: sa.ColumnClause[str] = sa.literal_column("'dead'")
 CANCELLED: sa.ColumnClause[str] = sa.literal_column("'cancelled'")
+
+#: For `id_among`.
+IDS = sa.bindparam("ids", type_=IdArray())
 
 #: Jobs per INSERT of a bulk enqueue.
 INSERT_JOBS_MAX = 1_000
@@ -80,18 +83,9 @@ def insert_job(
     actor: str = "enqueue",
 ) -> EnqueueResult:
     """Store one job. With a unique key that an open job of the task has, `on_conflict` decides."""
-    shape = (tables, job.delay_seconds is not None, job.run_at is not None, job.unique_key is not None)
-    insert = _insert_job(*shape)
-    parameters = _job_parameters(job)
-    if job.unique_key is None:
-        if connection.dialect.driver == "psycopg":
-            # The one statement of the package that runs once a job: as text it takes half the client's time.
-            return EnqueueResult(connection.exec_driver_sql(_insert_job_text(*shape), parameters).scalar_one())
-        return EnqueueResult(connection.execute(insert, parameters).scalar_one())
-
     holder = _key_holder(tables)
     for _ in range(CONFLICT_ROUNDS_MAX):
-        inserted = connection.execute(insert, parameters).scalar_one_or_none()
+        inserted = _try_to_insert(connection, tables, job)
         if inserted is not None:
             return EnqueueResult(inserted)
         if on_conflict is OnConflict.REPLACE:
@@ -114,6 +108,18 @@ def insert_job(
         f"task {job.task!r}: the unique key {job.unique_key!r} changed hands {CONFLICT_ROUNDS_MAX} times "
         "while this job was being enqueued; try again"
     )
+
+
+def _try_to_insert(connection: sa.Connection, tables: Tables, job: NewJob) -> int | None:
+    """The id of the new job; None when its unique key is taken."""
+    shape = (tables, job.delay_seconds is not None, job.run_at is not None, job.unique_key is not None)
+    parameters = _job_parameters(job)
+    if connection.dialect.driver == "psycopg":
+        # The one statement of the package that runs once a job: as text it takes half the client's time.
+        inserted = connection.exec_driver_sql(_insert_job_text(*shape), parameters)
+    else:
+        inserted = connection.execute(_insert_job(*shape), parameters)
+    return inserted.scalar_one_or_none()
 
 
 def insert_jobs(connection: sa.Connection, tables: Tables, template: NewJob, payloads_json: Sequence[str]) -> list[int]:
@@ -469,10 +475,11 @@ def already_written(
     jobs = tables.jobs
     standing = connection.execute(
         sa.select(jobs.c.id, jobs.c.attempt, jobs.c.status).where(
-            jobs.c.id.in_([transition.job_id for transition in transitions]),
+            id_among(jobs.c.id, IDS),
             jobs.c.claimed_by == actor,
             jobs.c.claim_token.is_(None),
-        )
+        ),
+        {"ids": [transition.job_id for transition in transitions]},
     )
     found = {(row.id, row.attempt, row.status) for row in standing}
     return {t.job_id for t in transitions if (t.job_id, t.attempt, str(t.status)) in found}
@@ -519,7 +526,7 @@ def _complete_alike(tables: Tables) -> sa.Update:
     return (
         sa.update(jobs)
         .where(
-            dialect.id_among(jobs.c.id, sa.bindparam("ids", type_=dialect.IdArray())),
+            id_among(jobs.c.id, IDS),
             jobs.c.claim_token == sa.bindparam("token", type_=sa.Uuid()),
         )
         .values(status=COMPLETED, claim_token=sa.null(), claim_expires_at=sa.null(), finished_at=now())
@@ -1013,10 +1020,8 @@ def prune(
     ids = list(doomed)
     if not ids:
         return 0, None
-    chosen = {"ids": json.dumps([{"id": job_id} for job_id in ids])}
-    rows = dialect.rows(tables.dialect_name, "ids", sa.column("id", sa.BigInteger))
     for column in (events.c.job_id, jobs.c.id):
-        connection.execute(sa.delete(column.table).where(id_in(column, sa.select(rows.c.id).scalar_subquery())), chosen)
+        connection.execute(sa.delete(column.table).where(id_among(column, IDS)), {"ids": ids})
     return len(ids), ids[-1] if len(ids) == limit else None
 
 
