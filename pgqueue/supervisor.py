@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
-from pgqueue.worker import Worker
+from pgqueue.worker import SIGNAL_SECONDS, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +31,6 @@ SUPERVISED_VARIABLE = "PGQUEUE_SUPERVISED"
 
 #: Exit code of a drain that left dead jobs behind.
 DRAINED_WITH_DEAD = 8
-
-#: The system may give a signal to any thread, and Python handles it in the main thread, once that one moves.
-SIGNAL_SECONDS = 0.5
 
 #: How long a worker may take to give its jobs back, and processes to end, after a second signal.
 ABORT_SECONDS = 5.0
@@ -190,9 +187,9 @@ class Supervisor:
         moments = [child.restart_at for child in self._children if child.restart_at is not None]
         if self._kill_at is not None:
             moments.append(self._kill_at)
-        wait = max(0.0, min(moments) - time.monotonic()) if moments else SIGNAL_SECONDS
+        now = time.monotonic()
         try:
-            event = self._events.get(timeout=min(wait, SIGNAL_SECONDS))
+            event = self._events.get(timeout=max(0.0, min([now + SIGNAL_SECONDS, *moments]) - now))
         except queue.Empty:
             return
         if isinstance(event, _Child):
