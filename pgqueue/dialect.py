@@ -298,7 +298,7 @@ def lanes(jobs: sa.Table, queue: sa.BindParameter[str]) -> sa.Select[Any]:
     lane = (
         sa.select(
             sa.select(first.c.priority)
-            .where(first.c.queue == queue, first.c.status == pending)
+            .where(first.c.queue == queue, first.c.status == pending, first.c.waits_for.is_(None))
             .order_by(first.c.priority.desc())
             .limit(1)
             .scalar_subquery()
@@ -311,6 +311,7 @@ def lanes(jobs: sa.Table, queue: sa.BindParameter[str]) -> sa.Select[Any]:
             .where(
                 following.c.queue == queue,
                 following.c.status == pending,
+                following.c.waits_for.is_(None),
                 following.c.priority < lane.c.priority,
             )
             .order_by(following.c.priority.desc())
@@ -338,7 +339,13 @@ def claimable(
     if dialect_name == SQLITE:
         return (
             sa.select(jobs.c.id)
-            .where(jobs.c.queue == queue, jobs.c.status == pending, jobs.c.run_at <= now(), filters)
+            .where(
+                jobs.c.queue == queue,
+                jobs.c.status == pending,
+                jobs.c.waits_for.is_(None),
+                jobs.c.run_at <= now(),
+                filters,
+            )
             .order_by(jobs.c.priority.desc(), jobs.c.run_at, jobs.c.id)
             .limit(limit)
             .scalar_subquery()
@@ -356,6 +363,7 @@ def claimable(
             jobs.c.queue == queue,
             jobs.c.priority == lane.c.priority,
             jobs.c.status == pending,
+            jobs.c.waits_for.is_(None),
             jobs.c.run_at <= now(),
             sa.tuple_(jobs.c.run_at, jobs.c.id) > sa.tuple_(lane.c.run_at, lane.c.id),
             filters,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import registry
@@ -39,6 +40,11 @@ class Tables:
     job_events: sa.Table
     queues: sa.Table
     workers: sa.Table
+    limits: sa.Table
+    rate_buckets: sa.Table
+    schedules: sa.Table
+    schedule_ticks: sa.Table
+    unique_periods: sa.Table
     job_class: type[Job]  #: `Job`, mapped to `jobs`
 
     __hash__ = object.__hash__
@@ -65,6 +71,11 @@ def tables_for(dialect_name: str, schema: str) -> Tables:
         _job_events(metadata, prefix),
         _queues(metadata, prefix),
         _workers(metadata, prefix),
+        _limits(metadata, prefix),
+        _rate_buckets(metadata, prefix),
+        _schedules(metadata, prefix),
+        _schedule_ticks(metadata, prefix),
+        _unique_periods(metadata, prefix),
         job_class,
     )
 
@@ -153,6 +164,44 @@ def _jobs(metadata: sa.MetaData, prefix: str) -> sa.Table:
         sa.Column("created_at", UTCDateTime, nullable=False, server_default=now(), comment="when it was enqueued"),
         sa.Column("claimed_at", UTCDateTime, comment="when the present or last attempt was claimed"),
         sa.Column("finished_at", UTCDateTime, comment="when it became completed, dead or cancelled"),
+        sa.Column(
+            "rate_key",
+            sa.Text,
+            sa.CheckConstraint(f"length(rate_key) BETWEEN 1 AND {KEY_CHARACTERS_MAX}", name="rate_key"),
+            comment="jobs of one key share a rate limit",
+        ),
+        sa.Column(
+            "waits_for",
+            sa.Text,
+            sa.CheckConstraint("waits_for IS NULL OR status = 'pending'", name="waits_for"),
+            comment="what must come free before it can be claimed: order, task, key:… or rate:…",
+        ),
+        sa.Column(
+            "holds_slot",
+            sa.Boolean,
+            nullable=False,
+            server_default=sa.false(),
+            comment="claimed under a limit, and not yet found to have ended",
+        ),
+        sa.Column(
+            "leads_order",
+            sa.Boolean,
+            nullable=False,
+            server_default=sa.false(),
+            comment="jobs of the same ordering_key wait for its end",
+        ),
+        sa.Column(
+            "cancel_requested_at",
+            UTCDateTime,
+            sa.CheckConstraint(_are_readable("cancel_requested_at", flat=bool(prefix)), name="cancel_requested_at"),
+            comment="when its worker was asked to stop the attempt",
+        ),
+        sa.Column(
+            "prune_at",
+            UTCDateTime,
+            sa.CheckConstraint(_are_readable("prune_at", flat=bool(prefix)), name="prune_at"),
+            comment="deleted after this moment; NULL: kept until somebody prunes",
+        ),
         sa.CheckConstraint("status IN ('pending', 'running', 'completed', 'dead', 'cancelled')", name="status"),
         sa.CheckConstraint(
             "(status = 'running') = (claim_token IS NOT NULL)"
@@ -186,41 +235,52 @@ def _jobs(metadata: sa.MetaData, prefix: str) -> sa.Table:
         ),
         *([sa.CheckConstraint(_ARE_NUMBERS, name="numbers")] if prefix else []),
         # The claim walks this one from the front: see dialect.claimable.
-        sa.Index(
-            f"{prefix}jobs_claim",
-            "queue",
+        _partial(prefix, "claim", "queue", sa.desc("priority"), "run_at", "id", where=CLAIMABLE),
+        # The sweep walks this one from the front: the earliest lease ends first.
+        _partial(prefix, "lease", "claim_expires_at", where="status = 'running'"),
+        # Over all open statuses, so that no retry, sweep or release can ever run into it.
+        _partial(prefix, "unique_key", "task", "unique_key", unique=True, where=OPEN_WITH_KEY),
+        # For people: dead jobs are few among many finished ones.
+        _partial(prefix, "dead", "id", where="status = 'dead'"),
+        # Limits: how many jobs hold a slot, which slots came free, and who is next. Jobs without limits are in none.
+        _partial(prefix, "slots_of_task", "task", "concurrency_key", where="holds_slot AND status = 'running'"),
+        _partial(prefix, "slots_of_queue", "queue", where="holds_slot AND status = 'running'"),
+        _partial(
+            prefix,
+            "freed",
+            "id",
+            where="(holds_slot AND status <> 'running')"
+            " OR (leads_order AND status IN ('completed', 'dead', 'cancelled'))",
+        ),
+        _partial(
+            prefix,
+            "waiting",
+            "task",
+            "waits_for",
             sa.desc("priority"),
             "run_at",
             "id",
-            postgresql_where=sa.text("status = 'pending'"),
-            sqlite_where=sa.text("status = 'pending'"),
+            where="waits_for IS NOT NULL",
         ),
-        # The sweep walks this one from the front: the earliest lease ends first.
-        sa.Index(
-            f"{prefix}jobs_lease",
-            "claim_expires_at",
-            postgresql_where=sa.text("status = 'running'"),
-            sqlite_where=sa.text("status = 'running'"),
-        ),
-        # Over all open statuses, so that no retry, sweep or release can ever run into it.
-        sa.Index(
-            f"{prefix}jobs_unique_key",
-            "task",
-            "unique_key",
-            unique=True,
-            postgresql_where=sa.text(OPEN_WITH_KEY),
-            sqlite_where=sa.text(OPEN_WITH_KEY),
-        ),
-        # For people: dead jobs are few among many finished ones.
-        sa.Index(
-            f"{prefix}jobs_dead",
+        _partial(
+            prefix,
+            "order",
+            "queue",
+            "ordering_key",
             "id",
-            postgresql_where=sa.text("status = 'dead'"),
-            sqlite_where=sa.text("status = 'dead'"),
+            where="ordering_key IS NOT NULL AND status IN ('pending', 'running')",
         ),
+        _partial(prefix, "expiry", "expires_at", where="expires_at IS NOT NULL AND status = 'pending'"),
+        _partial(prefix, "cancelling", "claimed_by", where="cancel_requested_at IS NOT NULL AND status = 'running'"),
+        _partial(prefix, "prune", "prune_at", where="prune_at IS NOT NULL"),
         comment="pgqueue: one row per job",
         sqlite_autoincrement=True,  # an id is never given to a second job
     )
+
+
+def _partial(prefix: str, name: str, *columns: Any, where: str, unique: bool = False) -> sa.Index:
+    condition = sa.text(where)
+    return sa.Index(f"{prefix}jobs_{name}", *columns, unique=unique, postgresql_where=condition, sqlite_where=condition)
 
 
 def _are_objects(*columns: str, flat: bool) -> str:
@@ -250,6 +310,9 @@ _ARE_NUMBERS = (
     "typeof(priority) = 'integer' AND priority BETWEEN -32768 AND 32767 AND typeof(attempt) = 'integer'"
     " AND typeof(retries) = 'integer' AND typeof(max_retries) = 'integer'"
 )
+
+#: The predicate of the index that claims go by.
+CLAIMABLE = "status = 'pending' AND waits_for IS NULL"
 
 #: The predicate of the unique index; an ON CONFLICT has to repeat it.
 OPEN_WITH_KEY = "unique_key IS NOT NULL AND status IN ('pending', 'running')"
@@ -305,4 +368,104 @@ def _workers(metadata: sa.MetaData, prefix: str) -> sa.Table:
         sa.Column("started_at", UTCDateTime, nullable=False, server_default=now(), comment="when it began to work"),
         sa.Column("heartbeat_at", UTCDateTime, nullable=False, server_default=now(), comment="last sign of life"),
         comment="pgqueue: workers for people to look at; no decision depends on this table",
+    )
+
+
+def _limits(metadata: sa.MetaData, prefix: str) -> sa.Table:
+    return sa.Table(
+        f"{prefix}limits",
+        metadata,
+        sa.Column("scope", sa.Text, primary_key=True, comment="queue or task"),
+        sa.Column("name", sa.Text, primary_key=True, comment="of the queue or task"),
+        sa.Column("concurrency", sa.Integer, comment="jobs running at once, of all workers together"),
+        sa.Column("key_concurrency", sa.Integer, comment="the same, of each concurrency_key"),
+        sa.Column("rate", sa.Double, comment="jobs started per second in the long run, for each rate_key"),
+        sa.Column("burst", sa.Integer, comment="jobs that may start at once after a quiet time"),
+        sa.Column("max_depth", sa.Integer, comment="pending jobs beyond which an enqueue is refused"),
+        sa.Column("on_full", sa.Text, comment="what an enqueue does then: error, block or drop"),
+        sa.Column("promote_after", sa.Double, comment="seconds after which a due job goes before all others"),
+        sa.Column(
+            "declared_by", sa.Text, nullable=False, server_default="code", comment="code, or who changed it since"
+        ),
+        sa.Column("updated_at", UTCDateTime, nullable=False, server_default=now(), comment="when it last changed"),
+        sa.CheckConstraint("scope IN ('queue', 'task')", name="scope"),
+        sa.CheckConstraint(
+            "concurrency >= 1 AND key_concurrency >= 1 AND rate > 0 AND burst >= 1 AND max_depth >= 1"
+            " AND promote_after > 0 AND on_full IN ('error', 'block', 'drop') AND (rate IS NULL) = (burst IS NULL)",
+            name="values",
+        ),
+        comment="pgqueue: limits of queues and tasks; claims that need one take their row's lock",
+    )
+
+
+def _rate_buckets(metadata: sa.MetaData, prefix: str) -> sa.Table:
+    ripe = sa.text("ripe_at IS NOT NULL")
+    return sa.Table(
+        f"{prefix}rate_buckets",
+        metadata,
+        sa.Column("scope", sa.Text, primary_key=True, comment="as in limits"),
+        sa.Column("name", sa.Text, primary_key=True, comment="as in limits"),
+        sa.Column("key", sa.Text, primary_key=True, server_default="", comment="rate_key of the jobs; empty: none"),
+        sa.Column("tokens", sa.Double, nullable=False, comment="left at filled_at"),
+        sa.Column("filled_at", UTCDateTime, nullable=False, comment="when tokens was right"),
+        sa.Column("ripe_at", UTCDateTime, comment="when the next token comes; NULL: nothing waits for one"),
+        sa.Index(f"{prefix}rate_buckets_ripe", "scope", "name", "ripe_at", postgresql_where=ripe, sqlite_where=ripe),
+        comment="pgqueue: token buckets of rate limits",
+    )
+
+
+def _schedules(metadata: sa.MetaData, prefix: str) -> sa.Table:
+    enabled = sa.text("enabled")
+    return sa.Table(
+        f"{prefix}schedules",
+        metadata,
+        sa.Column("name", sa.Text, primary_key=True, comment="of the schedule"),
+        sa.Column("task", sa.Text, nullable=False, comment="of the jobs it makes"),
+        sa.Column("payload", JSONDocument, nullable=False, server_default=sa.text("'{}'"), comment="likewise"),
+        sa.Column("queue", sa.Text, nullable=False, server_default="default", comment="likewise"),
+        sa.Column("priority", sa.SmallInteger, nullable=False, server_default=sa.text("0"), comment="likewise"),
+        sa.Column("max_retries", sa.SmallInteger, nullable=False, server_default=sa.text("3"), comment="likewise"),
+        sa.Column("cron", sa.Text, nullable=False, comment="when: minute, hour, day, month, weekday"),
+        sa.Column("timezone", sa.Text, nullable=False, server_default="UTC", comment="where those hours are"),
+        sa.Column(
+            "catchup",
+            sa.Text,
+            nullable=False,
+            server_default="latest",
+            comment="which ticks that were missed are made up for: none, latest or all",
+        ),
+        sa.Column("enabled", sa.Boolean, nullable=False, server_default=sa.true(), comment="false: makes no jobs"),
+        sa.Column(
+            "declared_by", sa.Text, nullable=False, server_default="code", comment="code, or who changed it since"
+        ),
+        sa.Column("next_tick_at", UTCDateTime, comment="the first tick that is not settled yet"),
+        sa.Column("created_at", UTCDateTime, nullable=False, server_default=now(), comment="when it was made"),
+        sa.Column("updated_at", UTCDateTime, nullable=False, server_default=now(), comment="when it last changed"),
+        sa.CheckConstraint("catchup IN ('none', 'latest', 'all')", name="catchup"),
+        sa.Index(f"{prefix}schedules_next", "next_tick_at", postgresql_where=enabled, sqlite_where=enabled),
+        comment="pgqueue: what is enqueued by the clock",
+    )
+
+
+def _schedule_ticks(metadata: sa.MetaData, prefix: str) -> sa.Table:
+    return sa.Table(
+        f"{prefix}schedule_ticks",
+        metadata,
+        sa.Column("schedule", sa.Text, primary_key=True, comment="name of the schedule"),
+        sa.Column("tick_at", UTCDateTime, primary_key=True, comment="the moment its rule names"),
+        sa.Column("job_id", sa.BigInteger, comment="the job that was enqueued for it"),
+        sa.Column("created_at", UTCDateTime, nullable=False, server_default=now(), comment="when that was done"),
+        comment="pgqueue: ticks of schedules that were enqueued, each at most once",
+    )
+
+
+def _unique_periods(metadata: sa.MetaData, prefix: str) -> sa.Table:
+    return sa.Table(
+        f"{prefix}unique_periods",
+        metadata,
+        sa.Column("task", sa.Text, primary_key=True, comment="of the job"),
+        sa.Column("unique_key", sa.Text, primary_key=True, comment="of the job"),
+        sa.Column("until", UTCDateTime, nullable=False, comment="no second job with this key before"),
+        sa.Column("job_id", sa.BigInteger, comment="the job that was enqueued"),
+        comment="pgqueue: unique keys that outlast their job",
     )

@@ -59,10 +59,24 @@ def _sqlite(connection: sa.Connection, schema: str) -> dict[str, list[Any]]:
     query = "SELECT type, name, sql FROM sqlite_master WHERE name GLOB :pattern AND name NOT GLOB '*alembic_version*'"
     return {
         f"{row.type} {_neutral(row.name, schema)}": sorted(
-            _neutral(" ".join(line.split()).rstrip(","), schema) for line in row.sql.splitlines()
+            _neutral(" ".join(part.split()), schema) for part in _parts(row.sql)
         )
         for row in connection.execute(sa.text(query), {"pattern": f"{schema}_*"})
     }
+
+
+def _parts(sql: str) -> list[str]:
+    """What stands before, between the commas of, and after the outermost brackets of a CREATE."""
+    before, _, rest = sql.partition("(")
+    inside, _, after = rest.rpartition(")")
+    parts, depth = [""], 0
+    for character in inside:
+        depth += (character == "(") - (character == ")")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [before, *parts, after]
 
 
 def _neutral(value: Any, schema: str) -> Any:

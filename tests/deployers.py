@@ -9,6 +9,11 @@ from support import Process, wait_for
 
 from pgqueue import migration
 
+HEAD = migration.head_revision()
+
+#: What a test adds to the history.
+NEXT = f"pgqueue_{int(HEAD.removeprefix('pgqueue_')) + 1:04}"
+
 DEPLOY = """
 import logging, sys, time
 from pathlib import Path

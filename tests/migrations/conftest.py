@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from deployers import Deployers
+from deployers import HEAD, NEXT, Deployers
 
 from pgqueue import migration
 from pgqueue.engine import make_engine
@@ -40,17 +40,17 @@ def empty_pg(empty_pg_url: str) -> Iterator[sa.Engine]:
 
 @pytest.fixture
 def longer_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Call it with the upgrade of one more revision, pgqueue_0002: this process then uses a copy of the migrations
+    """Call it with the upgrade of one more revision, NEXT: this process then uses a copy of the migrations
     that has it. Returns the folder."""
 
     def lengthen(upgrade: str) -> Path:
         folder = tmp_path / "longer"
         shutil.copytree(migration.migrations_path(), folder, ignore=shutil.ignore_patterns("__pycache__"))
         lines = "\n".join(f"    {line}" for line in upgrade.strip().splitlines())
-        (folder / "versions" / "pgqueue_0002_go_on.py").write_text(
+        (folder / "versions" / f"{NEXT}_go_on.py").write_text(
             "import os\nimport threading\nfrom pathlib import Path\n\n"
             "import sqlalchemy as sa\nfrom alembic import op\n\n"
-            "revision = 'pgqueue_0002'\ndown_revision = 'pgqueue_0001'\n\n"
+            f"revision = '{NEXT}'\ndown_revision = '{HEAD}'\n\n"
             f"def upgrade():\n{lines}\n\ndef downgrade():\n    pass\n"
         )
         monkeypatch.setattr(migration, "migrations_path", lambda: folder)

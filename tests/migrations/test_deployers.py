@@ -10,7 +10,7 @@ from signal import SIGKILL
 import pytest
 import sqlalchemy as sa
 from catalog import snapshot
-from deployers import Deployers
+from deployers import HEAD, NEXT, Deployers
 from support import execute, rows, scalar, wait_for
 
 from pgqueue import PgQueue, SchemaOutdated, migration
@@ -59,7 +59,7 @@ def test_deployers_that_wait_do_not_deadlock_with_a_concurrent_index(
 
     run_together(deployers, empty_pg_url)
 
-    assert (applied(deployers, "pgqueue_0001"), applied(deployers, "pgqueue_0002")) == (1, 1)
+    assert (applied(deployers, HEAD), applied(deployers, NEXT)) == (1, 1)
     valid = "SELECT indisvalid FROM pg_index WHERE indexrelid = 'pgqueue.jobs_task'::regclass"
     assert scalar(empty_pg, valid) is True
 
@@ -79,7 +79,7 @@ def test_when_the_migrating_deployer_is_killed_the_next_one_goes_on(
     killed.signal(SIGKILL)
 
     assert next_one.wait() == 0, next_one.output()
-    assert rows(empty_pg, "SELECT version_num FROM pgqueue.alembic_version") == [("pgqueue_0002",)]
+    assert rows(empty_pg, "SELECT version_num FROM pgqueue.alembic_version") == [(NEXT,)]
     assert sa.inspect(empty_pg).has_table("half_done")
 
 
@@ -143,9 +143,9 @@ def test_a_migration_gives_up_rather_than_queue_everybody_behind_a_long_reader(
 
     assert snapshot(pg.engine, "pgqueue") == before
     assert not sa.inspect(pg.engine).has_table("half_done")
-    assert rows(pg.engine, "SELECT version_num FROM pgqueue.alembic_version") == [("pgqueue_0001",)]
+    assert rows(pg.engine, "SELECT version_num FROM pgqueue.alembic_version") == [(HEAD,)]
     migration.upgrade(pg.engine, "pgqueue", lock_timeout=0.2)
-    assert rows(pg.engine, "SELECT version_num FROM pgqueue.alembic_version") == [("pgqueue_0002",)]
+    assert rows(pg.engine, "SELECT version_num FROM pgqueue.alembic_version") == [(NEXT,)]
 
 
 def test_by_default_a_migration_waits_five_seconds_for_a_lock(
@@ -185,7 +185,7 @@ def test_a_failed_revision_leaves_the_tables_as_they_were(url: str, longer_histo
     assert snapshot(engine, "pgqueue") == before
     assert not sa.inspect(engine).has_table("half_done")
     with engine.connect() as connection:
-        assert migration.current_revision(connection, "pgqueue") == "pgqueue_0001"
+        assert migration.current_revision(connection, "pgqueue") == HEAD
     engine.dispose()
 
 
@@ -199,7 +199,7 @@ def test_a_failure_keeps_the_revisions_before_it_on_postgresql_and_none_on_sqlit
 
     with empty.connect() as connection:
         reached = migration.current_revision(connection, "pgqueue")
-    assert reached == (None if empty.dialect.name == "sqlite" else "pgqueue_0001")
+    assert reached == (None if empty.dialect.name == "sqlite" else HEAD)
 
 
 def test_an_applications_plain_sqlite_engine_is_safe_too(tmp_path: Path, longer_history: Callable[[str], Path]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 from catalog import snapshot
+from deployers import HEAD, NEXT
 from support import execute, scalar
 
 from pgqueue import PgQueue, SchemaMissing, SchemaOutdated, Worker, WorkerConfig, migration
@@ -52,9 +53,7 @@ def test_a_worker_with_newer_code_refuses_to_start_and_says_what_to_run(
     add_job(empty)
     longer_history("pass")
 
-    with pytest.raises(
-        SchemaOutdated, match=r"at revision pgqueue_0001, .* needs pgqueue_0002; .*: pgqueue db upgrade"
-    ):
+    with pytest.raises(SchemaOutdated, match=rf"at revision {HEAD}, .* needs {NEXT}; .*: pgqueue db upgrade"):
         drain(empty)
 
     assert status(empty) == "pending"

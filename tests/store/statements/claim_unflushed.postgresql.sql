@@ -4,6 +4,7 @@ WITH RECURSIVE lane(priority) AS (
         FROM pgqueue.jobs AS first
         WHERE first.queue = %(of_queue)s::VARCHAR
         AND first.status = 'pending'
+        AND first.waits_for IS NULL
         ORDER BY first.priority DESC
         LIMIT %(param_1)s::INTEGER) AS priority
     UNION ALL
@@ -12,6 +13,7 @@ WITH RECURSIVE lane(priority) AS (
         FROM pgqueue.jobs AS following
         WHERE following.queue = %(of_queue)s::VARCHAR
         AND following.status = 'pending'
+        AND following.waits_for IS NULL
         AND following.priority < lane.priority
         ORDER BY following.priority DESC
         LIMIT %(param_2)s::INTEGER) AS anon_1
@@ -35,6 +37,7 @@ WHERE pgqueue.jobs.id = ANY (ARRAY(
             WHERE pgqueue.jobs.queue = %(of_queue)s::VARCHAR
             AND pgqueue.jobs.priority = r.priority
             AND pgqueue.jobs.status = 'pending'
+            AND pgqueue.jobs.waits_for IS NULL
             AND pgqueue.jobs.run_at <= now()
             AND (pgqueue.jobs.run_at, pgqueue.jobs.id) > (r.run_at, r.id)
             AND NOT (EXISTS (

@@ -7,6 +7,7 @@ WHERE pgqueue_jobs.id IN (
     FROM pgqueue_jobs
     WHERE pgqueue_jobs.queue = ?
     AND pgqueue_jobs.status = 'pending'
+    AND pgqueue_jobs.waits_for IS NULL
     AND pgqueue_jobs.run_at <= strftime('%Y-%m-%d %H:%M:%f', 'now')
     AND NOT (EXISTS (
             SELECT 1
