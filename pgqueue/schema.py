@@ -177,11 +177,10 @@ def _jobs(metadata: sa.MetaData, prefix: str) -> sa.Table:
             comment="what must come free before it can be claimed: order, task, key:… or rate:…",
         ),
         sa.Column(
-            "holds_slot",
-            sa.Boolean,
-            nullable=False,
-            server_default=sa.false(),
-            comment="claimed under a limit, and not yet found to have ended",
+            "slot",
+            sa.Text,
+            sa.CheckConstraint("slot IN ('held', 'offered')", name="slot"),
+            comment="of a limit: held since its claim, or offered; cleared by a claim that finds it ended",
         ),
         sa.Column(
             "leads_order",
@@ -243,14 +242,14 @@ def _jobs(metadata: sa.MetaData, prefix: str) -> sa.Table:
         # For people: dead jobs are few among many finished ones.
         _partial(prefix, "dead", "id", where="status = 'dead'"),
         # Limits: how many jobs hold a slot, which slots came free, and who is next. Jobs without limits are in none.
-        _partial(prefix, "slots_of_task", "task", "concurrency_key", where="holds_slot AND status = 'running'"),
-        _partial(prefix, "slots_of_queue", "queue", where="holds_slot AND status = 'running'"),
+        _partial(prefix, "slots_of_task", "task", "concurrency_key", where="slot = 'held' AND status = 'running'"),
+        _partial(prefix, "slots_of_queue", "queue", where="slot = 'held' AND status = 'running'"),
         _partial(
             prefix,
             "freed",
             "id",
-            where="(holds_slot AND status <> 'running')"
-            " OR (leads_order AND status IN ('completed', 'dead', 'cancelled'))",
+            where="(slot = 'held' AND status <> 'running')"
+            " OR ((slot = 'offered' OR leads_order) AND status IN ('completed', 'dead', 'cancelled'))",
         ),
         _partial(
             prefix,
@@ -384,6 +383,20 @@ def _limits(metadata: sa.MetaData, prefix: str) -> sa.Table:
         sa.Column("max_depth", sa.Integer, comment="pending jobs beyond which an enqueue is refused"),
         sa.Column("on_full", sa.Text, comment="what an enqueue does then: error, block or drop"),
         sa.Column("promote_after", sa.Double, comment="seconds after which a due job goes before all others"),
+        sa.Column(
+            "ordered",
+            sa.Boolean,
+            server_default=sa.false(),
+            nullable=False,
+            comment="whether jobs with an ordering_key were enqueued to the queue",
+        ),
+        sa.Column(
+            "releasing",
+            sa.Boolean,
+            server_default=sa.false(),
+            nullable=False,
+            comment="limits were lifted, and jobs that waited for them are being let go",
+        ),
         sa.Column(
             "declared_by", sa.Text, nullable=False, server_default="code", comment="code, or who changed it since"
         ),

@@ -20,18 +20,19 @@ down_revision = "pgqueue_0001"
 branch_labels = None
 depends_on = None
 
-NEW_COLUMNS = ("rate_key", "waits_for", "holds_slot", "leads_order", "cancel_requested_at", "prune_at")
+NEW_COLUMNS = ("rate_key", "waits_for", "slot", "leads_order", "cancel_requested_at", "prune_at")
 
 CLAIM_COLUMNS = ["queue", sa.text("priority DESC"), "run_at", "id"]
 
 #: Further indexes of jobs.
 INDEXES: list[tuple[str, list[Any], str]] = [
-    ("slots_of_task", ["task", "concurrency_key"], "holds_slot AND status = 'running'"),
-    ("slots_of_queue", ["queue"], "holds_slot AND status = 'running'"),
+    ("slots_of_task", ["task", "concurrency_key"], "slot = 'held' AND status = 'running'"),
+    ("slots_of_queue", ["queue"], "slot = 'held' AND status = 'running'"),
     (
         "freed",
         ["id"],
-        "(holds_slot AND status <> 'running') OR (leads_order AND status IN ('completed', 'dead', 'cancelled'))",
+        "(slot = 'held' AND status <> 'running')"
+        " OR ((slot = 'offered' OR leads_order) AND status IN ('completed', 'dead', 'cancelled'))",
     ),
     ("waiting", ["task", "waits_for", sa.text("priority DESC"), "run_at", "id"], "waits_for IS NOT NULL"),
     ("order", ["queue", "ordering_key", "id"], "ordering_key IS NOT NULL AND status IN ('pending', 'running')"),
@@ -106,11 +107,10 @@ def _add_columns(schema: str | None, prefix: str) -> None:
             comment="what must come free before it can be claimed: order, task, key:… or rate:…",
         ),
         sa.Column(
-            "holds_slot",
-            sa.Boolean(),
-            server_default=sa.false(),
-            nullable=False,
-            comment="claimed under a limit, and not yet found to have ended",
+            "slot",
+            sa.Text(),
+            check("slot", "slot IN ('held', 'offered')"),
+            comment="of a limit: held since its claim, or offered; cleared by a claim that finds it ended",
         ),
         sa.Column(
             "leads_order",
@@ -158,6 +158,20 @@ def _create_tables(schema: str | None, prefix: str) -> None:
         sa.Column("max_depth", sa.Integer(), comment="pending jobs beyond which an enqueue is refused"),
         sa.Column("on_full", sa.Text(), comment="what an enqueue does then: error, block or drop"),
         sa.Column("promote_after", sa.Double(), comment="seconds after which a due job goes before all others"),
+        sa.Column(
+            "ordered",
+            sa.Boolean(),
+            server_default=sa.false(),
+            nullable=False,
+            comment="whether jobs with an ordering_key were enqueued to the queue",
+        ),
+        sa.Column(
+            "releasing",
+            sa.Boolean(),
+            server_default=sa.false(),
+            nullable=False,
+            comment="limits were lifted, and jobs that waited for them are being let go",
+        ),
         sa.Column(
             "declared_by", sa.Text(), server_default="code", nullable=False, comment="code, or who changed it since"
         ),

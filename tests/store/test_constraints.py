@@ -115,6 +115,7 @@ WRONG_JOBS: list[tuple[str, Row]] = [
         for value in OUTSIDE
     ],
     *[("ck_jobs_rate_key", {"rate_key": value}) for value in ("''", f"'{'x' * 513}'")],
+    ("ck_jobs_slot", {"slot": "'taken'"}),
     ("ck_jobs_waits_for", RUNNING | {"waits_for": "'order'"}),
     ("ck_jobs_waits_for", COMPLETED | {"waits_for": "'task'"}),
     *[(f"ck_jobs_{column}", {column: value}) for column in ("cancel_requested_at", "prune_at") for value in OUTSIDE],
@@ -248,8 +249,7 @@ def test_every_check_of_the_schema_is_among_these(pgq: PgQueue) -> None:
 COLUMNS_WITHOUT_NULL = [
     (table, column)
     for table, columns in {
-        "jobs": "queue task payload priority status run_at attempt retries max_retries metadata created_at"
-        " holds_slot leads_order",
+        "jobs": "queue task payload priority status run_at attempt retries max_retries metadata created_at leads_order",
         "job_events": "at queue event actor",
         "workers": "host pid version queues tasks started_at heartbeat_at",
     }.items()
