@@ -10,6 +10,8 @@ The path of a job through the modules:
 5. `worker`: the finisher writes transitions in batches, fenced by the claim token (`store.finish`).
 6. Meanwhile the heartbeat extends leases, and the sweep takes back the jobs of dead workers.
 
+`operations` is what people do to jobs and queues: look, cancel, replay, pause, prune.
+
 `schema` has the tables, `dialect` every difference between PostgreSQL and SQLite, `migration` runs Alembic, `cli`
 is the command line. Imports point downwards only; see `[tool.importlinter]` in pyproject.toml.
 """

@@ -21,7 +21,7 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session, object_session
 
-from pgqueue import store
+from pgqueue import operations, store
 from pgqueue.config import DEFAULT_QUEUE, DEFAULT_SCHEMA, checked_lease, checked_schema, url_from_environment
 from pgqueue.dialect import POSTGRESQL, checked_dialect, now, seconds_from_now
 from pgqueue.engine import end_if_frozen, errors_explained, make_async_engine, make_engine, parse_url, reading
@@ -490,7 +490,7 @@ class PgQueue:
     def get_job(self, job_id: int) -> _Job:
         """The job as it stands. Raises JobNotFound."""
         with self.reading() as connection:
-            return store.get_job(connection, self.tables, job_id)
+            return operations.get_job(connection, self.tables, job_id)
 
     def list_jobs(
         self,
@@ -506,7 +506,7 @@ class PgQueue:
             raise ConfigurationError(f"status must be one of {', '.join(JobStatus)}, got {status!r}")
         _checked_limit(limit)
         with self.reading() as connection:
-            return store.list_jobs(
+            return operations.list_jobs(
                 connection,
                 self.tables,
                 status=status,
@@ -519,25 +519,25 @@ class PgQueue:
     def job_events(self, job_id: int) -> list[dict[str, Any]]:
         """What was recorded of a job beside its own row, oldest first."""
         with self.reading() as connection:
-            return store.list_events(connection, self.tables, job_id)
+            return operations.list_events(connection, self.tables, job_id)
 
     def cancel(self, job_id: int, *, reason: str | None = None, actor: str | None = None) -> None:
         """Withdraw a job that is pending or running; what its worker writes later is refused."""
         with self.begin() as connection:
-            store.cancel_job(connection, self.tables, job_id, actor=_who(actor), reason=_why(reason))
+            operations.cancel_job(connection, self.tables, job_id, actor=_who(actor), reason=_why(reason))
 
     def replay(self, job_id: int, *, reason: str | None = None, actor: str | None = None) -> None:
         """Put a dead or cancelled job back to pending, with all its retries."""
         with self.begin() as connection:
-            store.replay_job(connection, self.tables, job_id, actor=_who(actor), reason=_why(reason))
-            queue = store.get_job(connection, self.tables, job_id).queue
+            operations.replay_job(connection, self.tables, job_id, actor=_who(actor), reason=_why(reason))
+            queue = operations.get_job(connection, self.tables, job_id).queue
         if self.tables.dialect_name == POSTGRESQL:
             self._wake_sender({queue}, True)
 
     def delete(self, job_id: int, *, reason: str | None = None, actor: str | None = None) -> None:
         """Delete a job that is not running; its events stay."""
         with self.begin() as connection:
-            store.delete_job(connection, self.tables, job_id, actor=_who(actor), reason=_why(reason))
+            operations.delete_job(connection, self.tables, job_id, actor=_who(actor), reason=_why(reason))
 
     def pause(
         self,
@@ -556,26 +556,28 @@ class PgQueue:
                 f"got {duration!r}"
             )
         with self.begin() as connection:
-            store.pause_queue(connection, self.tables, queue, seconds=seconds, actor=_who(actor), reason=_why(reason))
+            operations.pause_queue(
+                connection, self.tables, queue, seconds=seconds, actor=_who(actor), reason=_why(reason)
+            )
 
     def resume(self, queue: str, *, reason: str | None = None, actor: str | None = None) -> bool:
         """End the pause of a queue; whether there was one."""
         checked_name("queue", queue)
         with self.begin() as connection:
-            ended = store.resume_queue(connection, self.tables, queue, actor=_who(actor), reason=_why(reason))
+            ended = operations.resume_queue(connection, self.tables, queue, actor=_who(actor), reason=_why(reason))
         if ended and self.tables.dialect_name == POSTGRESQL:
             self._wake_sender({queue}, True)
         return ended
 
-    def queues(self) -> list[store.QueueSummary]:
+    def queues(self) -> list[operations.QueueSummary]:
         """How many jobs of each queue stand where."""
         with self.reading() as connection:
-            return store.summarize_queues(connection, self.tables)
+            return operations.summarize_queues(connection, self.tables)
 
     def workers(self) -> list[dict[str, Any]]:
         """The workers that are, or lately were, alive."""
         with self.reading() as connection:
-            return store.list_workers(connection, self.tables)
+            return operations.list_workers(connection, self.tables)
 
     def prune(
         self,
@@ -602,7 +604,7 @@ class PgQueue:
         after_id: int | None = 0
         while after_id is not None:
             with self.begin() as connection:
-                count, after_id = store.prune(
+                count, after_id = operations.prune(
                     connection,
                     self.tables,
                     older_than=seconds,

@@ -13,8 +13,8 @@ from pgqueue.cli.parameters import JobId, JobIds, QueueNames, Reason, duration_o
 from pgqueue.cli.program import OK, Settings, app, command, exit_code
 from pgqueue.errors import DuplicateJob, IllegalTransition, JobNotFound
 from pgqueue.job import JobStatus
+from pgqueue.operations import QueueSummary
 from pgqueue.output import job_row, print_error
-from pgqueue.store import QueueSummary
 
 STATUSES = ", ".join(JobStatus)
 

@@ -88,7 +88,7 @@ def sweep_without_second_look(gates: Path) -> None:
         (gates / "expired_jobs_seen").touch()
         _wait(lambda: (gates / "sweep").exists())
         swept = connection.execute(sa.text(BACK_TO_PENDING), {"ids": ids, "charge": 1}).all()
-        store._record_all(
+        store.record_all(
             connection,
             tables,
             swept,

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from jobs import add, claim, claim_one, completed, died, everything, expire, retried, row
 from support import PATIENCE_SECONDS
 
-from pgqueue import ClaimedJob, ClaimLost, IllegalTransition, PgQueue, store
+from pgqueue import ClaimedJob, ClaimLost, IllegalTransition, PgQueue, operations, store
 
 Work = Callable[[sa.Connection], Any]
 
@@ -110,7 +110,7 @@ def extends(pg: PgQueue, *jobs: ClaimedJob) -> Work:
 
 
 def cancels(pg: PgQueue, job: ClaimedJob) -> Work:
-    return lambda connection: store.cancel_job(connection, pg.tables, job.id, actor="operator", reason=None)
+    return lambda connection: operations.cancel_job(connection, pg.tables, job.id, actor="operator", reason=None)
 
 
 def claims(pg: PgQueue) -> Work:

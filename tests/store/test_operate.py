@@ -32,7 +32,7 @@ from jobs import (
     sweep,
 )
 
-from pgqueue import ConfigurationError, DuplicateJob, IllegalTransition, JobNotFound, PgQueue, store
+from pgqueue import ConfigurationError, DuplicateJob, IllegalTransition, JobNotFound, PgQueue, operations
 from pgqueue.client import default_actor
 from pgqueue.job import JobStatus
 
@@ -489,8 +489,8 @@ def test_a_summary_counts_where_the_jobs_of_each_queue_stand(pgq: PgQueue) -> No
     )
     assert default.oldest_ready_seconds is not None
     assert 85 < default.oldest_ready_seconds < 150
-    assert mail == store.QueueSummary("mail", scheduled=1, retrying=1, running=1, completed=2, dead=1, cancelled=1)
-    assert empty == store.QueueSummary("empty", paused=True)
+    assert mail == operations.QueueSummary("mail", scheduled=1, retrying=1, running=1, completed=2, dead=1, cancelled=1)
+    assert empty == operations.QueueSummary("empty", paused=True)
 
 
 def test_without_jobs_and_pauses_there_is_nothing_to_sum_up(pgq: PgQueue) -> None:
@@ -572,7 +572,7 @@ def test_one_batch_deletes_no_more_than_its_limit_and_says_where_to_go_on(pgq: P
     after_id: int | None = 0
     while after_id is not None:
         with pgq.begin() as connection:
-            count, after_id = store.prune(connection, pgq.tables, older_than=DAY, after_id=after_id, limit=2)
+            count, after_id = operations.prune(connection, pgq.tables, older_than=DAY, after_id=after_id, limit=2)
         batches.append((count, after_id, len(statuses(pgq))))
 
     assert batches == [(2, ids[1], 3), (2, ids[3], 1), (1, None, 0)]
@@ -597,7 +597,7 @@ def test_a_job_that_is_being_replayed_is_not_pruned(pg: PgQueue) -> None:
     age(pg, seconds_ago=8 * DAY)
 
     with pg.engine.begin() as operator:
-        store.replay_job(operator, pg.tables, job_id, actor="ann", reason=None)
+        operations.replay_job(operator, pg.tables, job_id, actor="ann", reason=None)
         during = pg.prune(older_than=DAY)
 
     assert (during, pg.prune(older_than=0)) == (0, 0)
