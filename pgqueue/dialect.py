@@ -6,6 +6,7 @@ PostgreSQL is the product; SQLite runs the same statements for development and t
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -323,14 +324,15 @@ def lanes(jobs: sa.Table, queue: sa.BindParameter[str]) -> sa.Select[Any]:
     return sa.select(lane.c.priority).where(lane.c.priority.is_not(None))
 
 
-def claimable(
+def due(
     dialect_name: str,
     jobs: sa.Table,
+    columns: Sequence[sa.ColumnElement[Any]],
     queue: sa.BindParameter[str],
     filters: sa.ColumnElement[bool],
     limit: sa.BindParameter[int],
-) -> sa.ScalarSelect[Any]:
-    """The ids to claim next in one queue: highest priority first, then longest due, then lowest id; locked.
+) -> sa.Select[Any]:
+    """The jobs to claim next in one queue: highest priority first, then longest due, then lowest id; locked.
 
     PostgreSQL: lane by lane, as the parameter `lanes` names them, each from its mark on, and only what is due. So jobs
     scheduled for later cost nothing, however many there are and however high their priority.
@@ -338,7 +340,7 @@ def claimable(
     pending: sa.ColumnClause[str] = sa.literal_column("'pending'")
     if dialect_name == SQLITE:
         return (
-            sa.select(jobs.c.id)
+            sa.select(*columns)
             .where(
                 jobs.c.queue == queue,
                 jobs.c.status == pending,
@@ -348,7 +350,6 @@ def claimable(
             )
             .order_by(jobs.c.priority.desc(), jobs.c.run_at, jobs.c.id)
             .limit(limit)
-            .scalar_subquery()
         )
     lane = rows(
         dialect_name,
@@ -357,8 +358,8 @@ def claimable(
         sa.column("run_at", sa.DateTime(timezone=True)),
         sa.column("id", sa.BigInteger),
     )
-    due = (
-        sa.select(jobs.c.id)
+    found = (
+        sa.select(*columns)
         .where(
             jobs.c.queue == queue,
             jobs.c.priority == lane.c.priority,
@@ -374,4 +375,36 @@ def claimable(
         .correlate(lane)
         .lateral("due")
     )
-    return sa.select(due.c.id).select_from(lane.join(due, sa.true())).limit(limit).scalar_subquery()
+    return sa.select(*found.c).select_from(lane.join(found, sa.true())).limit(limit)
+
+
+def first_of_each(
+    dialect_name: str,
+    table: sa.Table,
+    wanted: sa.FromClause,
+    matches: sa.ColumnElement[bool],
+    order: Sequence[sa.ColumnElement[Any]],
+) -> sa.Select[Any]:
+    """The ids of the first `wanted.n` rows of the table that match each row of `wanted`; locked where that can be done
+    without waiting."""
+    if dialect_name == POSTGRESQL:
+        found = (
+            sa.select(table.c.id)
+            .where(matches)
+            .order_by(*order)
+            .limit(wanted.c.n)
+            .with_for_update(skip_locked=True)
+            .correlate(wanted)
+            .lateral("first")
+        )
+        return sa.select(found.c.id).select_from(wanted.join(found, sa.true()))
+    numbered = (
+        sa.select(
+            table.c.id,
+            wanted.c.n,
+            sa.func.row_number().over(partition_by=[*wanted.c], order_by=list(order)).label("number"),
+        )
+        .select_from(wanted.join(table, matches))
+        .subquery("numbered")
+    )
+    return sa.select(numbered.c.id).where(numbered.c.number <= numbered.c.n)

@@ -262,14 +262,20 @@ def _replace_pending(connection: sa.Connection, tables: Tables, job: NewJob, act
 # Claim, extend, finish -------------------------------------------------------------------------------------
 
 
-def lanes(connection: sa.Connection, tables: Tables, *, queue: str) -> list[int]:
-    """The priorities that pending jobs of one queue have, the highest first. For PostgreSQL."""
-    return list(connection.execute(_lanes(tables), {"of_queue": queue}).scalars())
+def lanes(
+    connection: sa.Connection, tables: Tables, *, queue: str, tasks: Sequence[str] | None = None
+) -> tuple[list[int], bool]:
+    """The priorities that pending jobs of one queue have, the highest first; and whether claims from it have to keep
+    limits (False when nothing is pending). For PostgreSQL."""
+    parameters = {"of_queue": queue, **({} if tasks is None else {"tasks": list(tasks)})}
+    rows = connection.execute(_lanes(tables, tasks is not None), parameters).all()
+    return [priority for priority, _ in rows], any(limited for _, limited in rows)
 
 
 @cache
-def _lanes(tables: Tables) -> sa.Select[Any]:
-    return dialect.lanes(tables.jobs, sa.bindparam("of_queue", type_=sa.Text()))
+def _lanes(tables: Tables, of_tasks: bool) -> sa.Select[Any]:
+    queue = sa.bindparam("of_queue", type_=sa.Text())
+    return dialect.lanes(tables.jobs, queue).add_columns(has_limits(tables, queue, of_tasks).label("limited"))
 
 
 def claim(
@@ -304,9 +310,14 @@ def claim(
         parameters["tasks"] = list(tasks)
     if tables.dialect_name == dialect.POSTGRESQL:
         if marks is None:
-            marks = [(priority, None, 0) for priority in lanes(connection, tables, queue=queue)]
-        parameters["lanes"] = _lanes_document(marks)
+            marks = [(priority, None, 0) for priority in lanes(connection, tables, queue=queue)[0]]
+        parameters["lanes"] = lanes_document(marks)
     rows = connection.execute(_claim(tables, tasks is not None, flush), parameters).all()
+    return claimed_jobs(rows, queue=queue, worker=worker, token=token)
+
+
+def claimed_jobs(rows: Iterable[Any], *, queue: str, worker: str, token: uuid.UUID) -> list[ClaimedJob]:
+    """The rows that a claim returned (`claimed_columns`), in the order of claims."""
     claimed = [
         ClaimedJob(
             job_id,
@@ -330,7 +341,7 @@ def claim(
     return claimed
 
 
-def _lanes_document(marks: Sequence[Lane]) -> str:
+def lanes_document(marks: Sequence[Lane]) -> str:
     return json.dumps(
         [
             {"priority": priority, "run_at": run_at.isoformat() if run_at else "-infinity", "id": job_id}
@@ -341,8 +352,22 @@ def _lanes_document(marks: Sequence[Lane]) -> str:
 
 @cache
 def _claim(tables: Tables, of_tasks: bool, flush: bool) -> sa.Update:
-    jobs, queues = tables.jobs, tables.queues
+    jobs = tables.jobs
     queue = sa.bindparam("of_queue", type_=sa.Text())
+    filters = sa.and_(sa.not_(has_limits(tables, queue, of_tasks)), claim_filters(tables, queue, of_tasks, flush))
+    limit = sa.bindparam("limit", type_=sa.Integer())
+    ids = dialect.due(tables.dialect_name, jobs, [jobs.c.id], queue, filters, limit)
+    return (
+        sa.update(jobs)
+        .where(id_in(jobs.c.id, ids.scalar_subquery()))
+        .values(claim_values(jobs))
+        .returning(*claimed_columns(jobs))
+    )
+
+
+def claim_filters(tables: Tables, queue: sa.BindParameter[str], of_tasks: bool, flush: bool) -> sa.ColumnElement[bool]:
+    """What keeps a due job from being claimed: the parameters are `of_queue`, and `tasks` if `of_tasks`."""
+    jobs, queues = tables.jobs, tables.queues
     paused = (
         sa.select(sa.literal_column("1")).select_from(queues).where(queues.c.name == queue, is_paused(queues)).exists()
     )
@@ -351,32 +376,59 @@ def _claim(tables: Tables, of_tasks: bool, flush: bool) -> sa.Update:
         filters = sa.and_(filters, text_in(jobs.c.task, sa.bindparam("tasks", type_=TextArray())))
     if not flush:
         filters = sa.and_(filters, dialect.no_flush(tables.dialect_name))
-    ids = dialect.claimable(tables.dialect_name, jobs, queue, filters, sa.bindparam("limit", type_=sa.Integer()))
-    return (
-        sa.update(jobs)
-        .where(id_in(jobs.c.id, ids))
-        .values(
-            status=RUNNING,
-            claimed_by=sa.bindparam("worker", type_=sa.Text()),
-            claim_token=sa.bindparam("token", type_=sa.Uuid()),
-            claimed_at=now(),
-            claim_expires_at=seconds_from_now(sa.bindparam("lease", type_=sa.Float())),
-            # A row that plain SQL brought to the last number must not stop the claims of its queue.
-            attempt=sa.case((jobs.c.attempt < ATTEMPT_MAX, jobs.c.attempt + sa.literal_column("1")), else_=ATTEMPT_MAX),
-        )
-        .returning(
-            jobs.c.id,
-            jobs.c.task,
-            sa.cast(jobs.c.payload, sa.Text),
-            jobs.c.priority,
-            jobs.c.run_at,
-            jobs.c.attempt,
-            jobs.c.retries,
-            jobs.c.max_retries,
-            jobs.c.created_at,
-            sa.cast(jobs.c.metadata, sa.Text),
-        )
+    return filters
+
+
+def has_limits(tables: Tables, queue: sa.BindParameter[str], of_tasks: bool) -> sa.ColumnElement[bool]:
+    """Whether claims from the queue have to keep limits: then `limits.claim` makes them."""
+    limits = tables.limits
+
+    def there_are(scope: str, *conditions: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+        of_scope = limits.c.scope == sa.literal_column(f"'{scope}'")
+        return sa.exists().where(of_scope, *conditions, are_kept(limits))
+
+    names = [text_in(limits.c.name, sa.bindparam("tasks", type_=TextArray()))] if of_tasks else []
+    return sa.or_(there_are("queue", limits.c.name == queue), there_are("task", *names))
+
+
+def are_kept(limits: sa.Table) -> sa.ColumnElement[bool]:
+    """Whether a row of limits concerns claims."""
+    return sa.or_(
+        limits.c.concurrency.is_not(None),
+        limits.c.key_concurrency.is_not(None),
+        limits.c.rate.is_not(None),
+        limits.c.promote_after.is_not(None),
+        limits.c.ordered,
+        limits.c.releasing,
     )
+
+
+def claim_values(jobs: sa.Table) -> dict[str, Any]:
+    """What a claim writes: the parameters are `worker`, `token` and `lease`."""
+    return {
+        "status": RUNNING,
+        "claimed_by": sa.bindparam("worker", type_=sa.Text()),
+        "claim_token": sa.bindparam("token", type_=sa.Uuid()),
+        "claimed_at": now(),
+        "claim_expires_at": seconds_from_now(sa.bindparam("lease", type_=sa.Float())),
+        # A row that plain SQL brought to the last number must not stop the claims of its queue.
+        "attempt": sa.case((jobs.c.attempt < ATTEMPT_MAX, jobs.c.attempt + sa.literal_column("1")), else_=ATTEMPT_MAX),
+    }
+
+
+def claimed_columns(jobs: sa.Table) -> list[sa.ColumnElement[Any]]:
+    return [
+        jobs.c.id,
+        jobs.c.task,
+        sa.cast(jobs.c.payload, sa.Text),
+        jobs.c.priority,
+        jobs.c.run_at,
+        jobs.c.attempt,
+        jobs.c.retries,
+        jobs.c.max_retries,
+        jobs.c.created_at,
+        sa.cast(jobs.c.metadata, sa.Text),
+    ]
 
 
 def extend(connection: sa.Connection, tables: Tables, claims: Iterable[Claim], *, lease: float) -> set[int]:

@@ -32,7 +32,7 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
-from pgqueue import migration, store
+from pgqueue import limits, migration, store
 from pgqueue.client import PgQueue
 from pgqueue.config import WorkerConfig
 from pgqueue.dialect import POSTGRESQL
@@ -188,6 +188,7 @@ class Worker:
             name: Slots(self, name, count, self.config.prefetch) for name, count in self.config.queues.items()
         }
         on_postgresql = pgq.engine.dialect.name == POSTGRESQL
+        self._limited: set[str] = set()  # queues whose claims have to keep limits
         self._lanes = {name: Lanes() for name in self.config.queues if on_postgresql}
         self._ran = False
         self._thread: threading.Thread | None = None
@@ -390,9 +391,18 @@ class Worker:
         told = slots.looks_empty_until == 0.0
         # Said before asking: a wake-up that comes while the claim is under way must not be overwritten after it.
         slots.looks_empty_until = time.monotonic() + self.config.poll_interval
+        if slots.name not in self._limited:
+            self._fill_plainly(connection, slots, told)
+        if slots.name in self._limited:
+            self._fill_within_limits(connection, slots)
+
+    def _fill_plainly(self, connection: sa.Connection, slots: Slots, told: bool) -> None:
         lanes = self._lanes.get(slots.name)
         if lanes is None:
+            before = slots.started
             found_all = self._claim(connection, slots)
+            if slots.started == before and self._are_limited(connection, slots):
+                self._limited.add(slots.name)
         else:
             # What a worker is told of lies behind the marks, as a rule.
             goes_on = lanes.known and (told or not lanes.may_look())
@@ -405,42 +415,71 @@ class Worker:
         if found_all:
             slots.looks_empty_until = 0.0
 
+    def _fill_within_limits(self, connection: sa.Connection, slots: Slots) -> None:
+        found = limits.LimitedClaim()
+
+        def claim(**asked: Any) -> list[ClaimedJob]:
+            nonlocal found
+            with connection.begin():
+                found = limits.claim(connection, self.pgq.tables, **asked)
+            return found.jobs
+
+        found_all = self._claim_with(connection, slots, claim)
+        if not found.kept:
+            self._limited.discard(slots.name)
+        if found_all or found.again or not found.kept:
+            slots.looks_empty_until = 0.0
+        elif found.next_token_seconds is not None:
+            slots.looks_empty_until = min(slots.looks_empty_until, time.monotonic() + found.next_token_seconds)
+
+    def _are_limited(self, connection: sa.Connection, slots: Slots) -> bool:
+        with connection.begin():
+            return limits.are_kept(connection, self.pgq.tables, queue=slots.name, tasks=self._task_names)
+
     def _look(self, connection: sa.Connection, slots: Slots, lanes: Lanes) -> bool:
         """Let the next claim begin at the front of each lane; False when nothing is pending."""
         began = time.monotonic()
         with committing_each(connection):
-            pending = store.lanes(connection, self.pgq.tables, queue=slots.name)
+            pending, limited = store.lanes(connection, self.pgq.tables, queue=slots.name, tasks=self._task_names)
+        if limited:
+            self._limited.add(slots.name)
         lanes.looked(pending, began, time.monotonic())
         return bool(pending)
 
     def _claim(self, connection: sa.Connection, slots: Slots, lanes: Lanes | None = None) -> bool:
         """Claim as many jobs of a queue as its slots want, and put them there; whether there were so many."""
+
+        def claim(**asked: Any) -> list[ClaimedJob]:
+            marks = lanes.marks() if lanes is not None else None
+            with committing_each(connection):
+                claimed = store.claim(connection, self.pgq.tables, marks=marks, **asked)
+            if lanes is not None:
+                lanes.claimed(claimed)
+            return claimed
+
+        return self._claim_with(connection, slots, claim)
+
+    def _claim_with(self, connection: sa.Connection, slots: Slots, claim: Callable[..., list[ClaimedJob]]) -> bool:
         limit = self._wanted(slots)
         if limit == 0:
             return True
         token = uuid.uuid4()
         asked_at = time.monotonic()
         try:
-            with committing_each(connection):
-                claimed = store.claim(
-                    connection,
-                    self.pgq.tables,
-                    queue=slots.name,
-                    worker=self.id,
-                    token=token,
-                    limit=limit,
-                    lease=self.config.lease,
-                    tasks=self._task_names,
-                    flush=False,
-                    marks=lanes.marks() if lanes is not None else None,
-                )
+            claimed = claim(
+                queue=slots.name,
+                worker=self.id,
+                token=token,
+                limit=limit,
+                lease=self.config.lease,
+                tasks=self._task_names,
+                flush=False,
+            )
         except BaseException:
             # The claim may have been committed although its answer did not arrive.
             self._unsure_claims.append(token)
             slots.looks_empty_until = 0.0
             raise
-        if lanes is not None:
-            lanes.claimed(claimed)
         if claimed:
             self._drain_wait = DRAIN_SECONDS_MIN
         self._hold(claimed, asked_at + self.config.lease)
@@ -753,6 +792,7 @@ class Worker:
         """Let go of jobs whose end was written or refused."""
         # Of two ends of one job the first has lost its claim, or there would not be a second.
         last = {transition.job_id: transition for transition in transitions}
+        queues: set[str] = set()
         with self._lock:
             for transition in transitions:
                 if transition.job_id in written and transition is last[transition.job_id]:
@@ -768,6 +808,9 @@ class Worker:
                 hold = self._held.get(transition.job_id)
                 if hold is not None and hold.job.claim_token == transition.claim_token:
                     del self._held[transition.job_id]
+                    queues.add(hold.job.queue)
+        for name in queues & self._limited:
+            self._woken(name)  # what ended may be what others wait for
         if self.config.max_jobs is not None or self.config.drain:
             self._claimer.wake()
 

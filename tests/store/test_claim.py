@@ -142,7 +142,7 @@ def test_the_lanes_of_a_queue_are_the_priorities_of_its_pending_jobs(pg: PgQueue
     claim_one(pg)  # the one with 5
 
     with pg.begin() as connection:
-        assert store.lanes(connection, pg.tables, queue="default") == [0, -7]
+        assert store.lanes(connection, pg.tables, queue="default") == ([0, -7], False)
 
 
 def test_a_claim_with_marks_takes_what_lies_behind_them_in_these_lanes(pg: PgQueue) -> None:

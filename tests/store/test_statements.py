@@ -308,7 +308,7 @@ def nodes(plans: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def indexes_in(plan: dict[str, Any]) -> set[str]:
     found = {node["Index Name"] for node in nodes([plan]) if "Index Name" in node}
     found |= {f"arbiter {name}" for node in nodes([plan]) for name in node.get("Conflict Arbiter Indexes", [])}
-    return found - {"pk_queues"}
+    return found - {"pk_queues", "pk_limits"}
 
 
 def test_a_sequential_scan_would_be_seen(pg: PgQueue) -> None:

@@ -19,7 +19,20 @@ WITH RECURSIVE lane(priority) AS (
         LIMIT %(param_2)s::INTEGER) AS anon_1
     FROM lane
     WHERE lane.priority IS NOT NULL)
-SELECT lane.priority
+SELECT lane.priority, (EXISTS (
+        SELECT *
+        FROM pgqueue.limits
+        WHERE pgqueue.limits.scope = 'queue'
+        AND pgqueue.limits.name = %(of_queue)s::VARCHAR
+        AND (pgqueue.limits.concurrency IS NOT NULL OR pgqueue.limits.key_concurrency IS NOT NULL OR
+            pgqueue.limits.rate IS NOT NULL OR pgqueue.limits.promote_after IS NOT NULL OR pgqueue.limits.ordered OR
+            pgqueue.limits.releasing))) OR (EXISTS (
+        SELECT *
+        FROM pgqueue.limits
+        WHERE pgqueue.limits.scope = 'task'
+        AND (pgqueue.limits.concurrency IS NOT NULL OR pgqueue.limits.key_concurrency IS NOT NULL OR
+            pgqueue.limits.rate IS NOT NULL OR pgqueue.limits.promote_after IS NOT NULL OR pgqueue.limits.ordered OR
+            pgqueue.limits.releasing))) AS limited
 FROM lane
 WHERE lane.priority IS NOT NULL;
 
@@ -40,6 +53,21 @@ WHERE pgqueue.jobs.id = ANY (ARRAY(
             AND pgqueue.jobs.waits_for IS NULL
             AND pgqueue.jobs.run_at <= now()
             AND (pgqueue.jobs.run_at, pgqueue.jobs.id) > (r.run_at, r.id)
+            AND NOT ((EXISTS (
+                        SELECT *
+                        FROM pgqueue.limits
+                        WHERE pgqueue.limits.scope = 'queue'
+                        AND pgqueue.limits.name = %(of_queue)s::VARCHAR
+                        AND (pgqueue.limits.concurrency IS NOT NULL OR pgqueue.limits.key_concurrency IS NOT NULL OR
+                            pgqueue.limits.rate IS NOT NULL OR pgqueue.limits.promote_after IS NOT NULL OR
+                            pgqueue.limits.ordered OR pgqueue.limits.releasing))) OR (EXISTS (
+                        SELECT *
+                        FROM pgqueue.limits
+                        WHERE pgqueue.limits.scope = 'task'
+                        AND pgqueue.limits.name = ANY (%(tasks)s::TEXT[])
+                        AND (pgqueue.limits.concurrency IS NOT NULL OR pgqueue.limits.key_concurrency IS NOT NULL OR
+                            pgqueue.limits.rate IS NOT NULL OR pgqueue.limits.promote_after IS NOT NULL OR
+                            pgqueue.limits.ordered OR pgqueue.limits.releasing))))
             AND NOT (EXISTS (
                     SELECT 1
                     FROM pgqueue.queues

@@ -9,6 +9,20 @@ WHERE pgqueue_jobs.id IN (
     AND pgqueue_jobs.status = 'pending'
     AND pgqueue_jobs.waits_for IS NULL
     AND pgqueue_jobs.run_at <= strftime('%Y-%m-%d %H:%M:%f', 'now')
+    AND NOT ((EXISTS (
+                SELECT *
+                FROM pgqueue_limits
+                WHERE pgqueue_limits.scope = 'queue'
+                AND pgqueue_limits.name = ?
+                AND (pgqueue_limits.concurrency IS NOT NULL OR pgqueue_limits.key_concurrency IS NOT NULL OR
+                    pgqueue_limits.rate IS NOT NULL OR pgqueue_limits.promote_after IS NOT NULL OR
+                    pgqueue_limits.ordered = 1 OR pgqueue_limits.releasing = 1))) OR (EXISTS (
+                SELECT *
+                FROM pgqueue_limits
+                WHERE pgqueue_limits.scope = 'task'
+                AND (pgqueue_limits.concurrency IS NOT NULL OR pgqueue_limits.key_concurrency IS NOT NULL OR
+                    pgqueue_limits.rate IS NOT NULL OR pgqueue_limits.promote_after IS NOT NULL OR
+                    pgqueue_limits.ordered = 1 OR pgqueue_limits.releasing = 1))))
     AND NOT (EXISTS (
             SELECT 1
             FROM pgqueue_queues

@@ -1,0 +1,712 @@
+"""Claims that keep limits: how many jobs run at once, how many start in a time, and which goes first.
+
+All of it happens in the claim. A claim from a queue with limits locks the rows of `limits` that concern it, so it is
+the only one that decides about them; then it
+
+1. finds slots that came free: jobs that hold one and run no more, whatever ended them, stand in the index `freed`;
+2. offers each of these to the next job that waits for it;
+3. looks at the due jobs, lets `admission.admit` decide which of them may start, and claims those;
+4. sets the others aside (`waits_for`), out of the index that claims go by, until a later claim offers them a slot.
+
+So a job that waits costs later claims nothing, however many there are, and neither finishing, nor sweeping, nor
+cancelling has to know about limits: a slot is in use exactly while its job is running, and cannot leak.
+
+What keeps waiting jobs from waiting for ever: for each slot that a waiting job waits for there is a job that holds it
+or was offered it. Whichever way that job leaves, it enters the index `freed`, and the offer goes on to the next.
+Those who wait behind an earlier job of their ordering key are offered their turn when that one is final; it is marked
+(`leads_order`) under its row's lock when the first one waits behind it.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import sqlalchemy as sa
+
+from pgqueue import dialect, store
+from pgqueue.admission import (
+    WAITS_FOR_KEY,
+    WAITS_FOR_ORDER,
+    WAITS_FOR_RATE,
+    WAITS_FOR_TASK,
+    Admission,
+    Bucket,
+    Candidate,
+    InUse,
+    Limits,
+    admit,
+)
+from pgqueue.dialect import TextArray, id_among, id_in, now, seconds_since, text_in
+from pgqueue.job import FINAL_STATUSES, ClaimedJob
+from pgqueue.schema import Tables
+from pgqueue.store import IDS, RUNNING
+
+#: How many due jobs a claim looks at beyond those it wants, because some may have to wait.
+LOOK_AHEAD = 32
+
+#: How often one claim looks at more due jobs, when all it looked at had to wait.
+ROUNDS_MAX = 8
+
+#: The most slots that one claim finds free, and jobs it lets go when limits were lifted.
+FREED_JOBS_MAX = 1_000
+
+#: The most buckets whose next token one claim hands on.
+RIPE_BUCKETS_MAX = 200
+
+QUEUE: sa.ColumnClause[str] = sa.literal_column("'queue'")
+TASK: sa.ColumnClause[str] = sa.literal_column("'task'")
+HELD: sa.ColumnClause[str] = sa.literal_column("'held'")
+OFFERED: sa.ColumnClause[str] = sa.literal_column("'offered'")
+FINAL: sa.ColumnClause[str] = sa.literal_column("(" + ", ".join(f"'{status}'" for status in FINAL_STATUSES) + ")")
+
+_COLUMNS = ("concurrency", "key_concurrency", "rate", "burst", "max_depth", "on_full", "promote_after")
+
+
+# Claims ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LimitedClaim:
+    """What a claim under limits found."""
+
+    jobs: list[ClaimedJob] = field(default_factory=list)
+    kept: bool = True  #: False: there are no limits to keep, so that a plain claim is the right one
+    again: bool = False  #: there are more due jobs to look at
+    next_token_seconds: float | None = None  #: until a job that waits for its rate may start
+
+
+#: Tokens per second, and the most that a bucket holds; by scope and name.
+_Rates = dict[tuple[str, str], tuple[float, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Gates:
+    """The limits that a claim has locked."""
+
+    queue_name: str
+    queue: Limits | None
+    tasks: Mapping[str, Limits]
+    ordered: bool
+    releasing: Sequence[str]  # tasks
+
+    @property
+    def holding(self) -> list[str] | None:
+        """The tasks whose jobs hold a slot while they run; None: all."""
+        if self.queue is not None and self.queue.concurrency is not None:
+            return None
+        return [name for name, limits in self.tasks.items() if limits.holds_slots]
+
+    @property
+    def rates(self) -> _Rates:
+        of_tasks: _Rates = {
+            ("task", name): (limits.rate, limits.burst)
+            for name, limits in self.tasks.items()
+            if limits.rate is not None and limits.burst is not None
+        }
+        if self.queue is not None and self.queue.rate is not None and self.queue.burst is not None:
+            of_tasks["queue", self.queue_name] = (self.queue.rate, self.queue.burst)
+        return of_tasks
+
+
+def claim(
+    connection: sa.Connection,
+    tables: Tables,
+    *,
+    queue: str,
+    worker: str,
+    token: uuid.UUID,
+    limit: int,
+    lease: float,
+    tasks: Sequence[str] | None = None,
+    flush: bool = True,
+) -> LimitedClaim:
+    """As `store.claim`, keeping the limits of the queue and of the tasks.
+
+    In a transaction, which should be short: other claims under the same limits wait for its end.
+    """
+    gates = _lock(connection, tables, queue, tasks)
+    if gates is None:
+        return LimitedClaim(kept=False)
+    _offer_freed(connection, tables, gates)
+    _let_go(connection, tables, gates)
+    _offer_tokens(connection, tables, gates)
+    claimed: list[ClaimedJob] = []
+    promoting = gates.queue is not None and gates.queue.promote_after is not None
+    for _ in range(ROUNDS_MAX):
+        want = limit - len(claimed)
+        candidates = _due(
+            connection,
+            tables,
+            gates,
+            tasks,
+            limit=want + LOOK_AHEAD,
+            flush=flush,
+            waited=(gates.queue.promote_after or 0.0) if promoting and gates.queue else 0.0,
+        )
+        decision = admit(
+            candidates,
+            want=want,
+            queue_name=queue,
+            queue=gates.queue,
+            tasks=gates.tasks,
+            in_use=_in_use(connection, tables, gates, candidates),
+        )
+        claimed += _take(connection, tables, gates, decision, queue=queue, worker=worker, token=token, lease=lease)
+        _set_aside(connection, tables, decision)
+        _spend(connection, tables, gates, decision)
+        if len(decision.admitted) + len(decision.waits) < len(candidates) or len(claimed) == limit:
+            break  # it has what it wants, or what the queue's own limits allow
+        if len(candidates) < want + LOOK_AHEAD:
+            if not promoting:
+                break  # it has looked at all
+            promoting = False
+    else:
+        return LimitedClaim(claimed, again=True)
+    return LimitedClaim(claimed, next_token_seconds=_next_token_seconds(connection, tables, gates))
+
+
+def are_kept(connection: sa.Connection, tables: Tables, *, queue: str, tasks: Sequence[str] | None) -> bool:
+    """Whether claims from the queue have to keep limits."""
+    parameters = {"of_queue": queue, **({} if tasks is None else {"tasks": list(tasks)})}
+    return bool(connection.execute(_are_kept(tables, tasks is not None), parameters).scalar_one())
+
+
+@cache
+def _are_kept(tables: Tables, of_tasks: bool) -> sa.Select[Any]:
+    return sa.select(store.has_limits(tables, sa.bindparam("of_queue", type_=sa.Text()), of_tasks))
+
+
+def _lock(connection: sa.Connection, tables: Tables, queue: str, tasks: Sequence[str] | None) -> _Gates | None:
+    """Lock the limits of a queue and of the tasks, in one order; None when there are none to keep."""
+    parameters = {"of_queue": queue, **({} if tasks is None else {"tasks": list(tasks)})}
+    rows = connection.execute(_lock_limits(tables, tasks is not None), parameters).all()
+    if not rows:
+        return None
+    limits = {(row.scope, row.name): Limits(**{name: getattr(row, name) for name in _COLUMNS}) for row in rows}
+    return _Gates(
+        queue,
+        limits.get(("queue", queue)),
+        {name: found for (scope, name), found in limits.items() if scope == "task"},
+        ordered=any(row.ordered for row in rows if row.scope == "queue"),
+        releasing=[row.name for row in rows if row.releasing],
+    )
+
+
+@cache
+def _lock_limits(tables: Tables, of_tasks: bool) -> sa.Select[Any]:
+    limits = tables.limits
+    of_task = limits.c.scope == TASK
+    if of_tasks:
+        of_task = sa.and_(of_task, text_in(limits.c.name, sa.bindparam("tasks", type_=TextArray())))
+    of_queue = sa.and_(limits.c.scope == QUEUE, limits.c.name == sa.bindparam("of_queue", type_=sa.Text()))
+    return (
+        sa.select(limits)
+        .where(sa.or_(of_queue, of_task), store.are_kept(limits))
+        .order_by(limits.c.scope, limits.c.name)
+        .with_for_update()
+    )
+
+
+# Slots that came free --------------------------------------------------------------------------------------
+
+
+def _offer_freed(connection: sa.Connection, tables: Tables, gates: _Gates) -> None:
+    """Find the slots that came free, and offer each to the next job that waits for it."""
+    parameters = {"of_queue": gates.queue_name, "tasks": list(gates.tasks), "limit": FREED_JOBS_MAX}
+    freed = connection.execute(_find_freed(tables), parameters).all()
+    if freed:
+        _offer(connection, tables, freed, gates.queue_name)
+
+
+@cache
+def _find_freed(tables: Tables) -> sa.Update:
+    """Jobs that held a slot, or were offered one, or led their ordering key, and do so no more."""
+    jobs, limits = tables.jobs, tables.limits
+    queue = sa.bindparam("of_queue", type_=sa.Text())
+    final = jobs.c.status.op("IN")(FINAL)
+    # Who waits for a slot of a task is decided under the lock of the task's limits; a turn, under the queue's.
+    locked = text_in(jobs.c.task, sa.bindparam("tasks", type_=TextArray()))
+    without_limits = ~sa.exists().where(limits.c.scope == TASK, limits.c.name == jobs.c.task, store.are_kept(limits))
+    of_slot = sa.or_(locked, sa.and_(jobs.c.queue == queue, without_limits))
+    freed = (
+        sa.select(jobs.c.id)
+        .where(
+            sa.or_(
+                sa.and_(jobs.c.slot == HELD, jobs.c.status != RUNNING),
+                sa.and_(sa.or_(jobs.c.slot == OFFERED, jobs.c.leads_order), final),
+            ),
+            sa.or_(sa.and_(jobs.c.slot.is_not(None), of_slot), sa.and_(jobs.c.leads_order, jobs.c.queue == queue)),
+        )
+        .order_by(jobs.c.id)
+        .limit(sa.bindparam("limit", type_=sa.Integer()))
+        .with_for_update(skip_locked=True)
+    )
+    return (
+        sa.update(jobs)
+        .where(id_in(jobs.c.id, freed.scalar_subquery()))
+        .values(
+            slot=sa.case((of_slot, sa.null()), else_=jobs.c.slot),
+            leads_order=sa.and_(jobs.c.leads_order, sa.not_(sa.and_(final, jobs.c.queue == queue))),
+        )
+        .returning(jobs.c.queue, jobs.c.task, jobs.c.concurrency_key, jobs.c.ordering_key)
+    )
+
+
+def _offer(connection: sa.Connection, tables: Tables, freed: Iterable[Any], queue: str) -> None:
+    """Offer what these jobs leave: their slots, and their turns where they are of this queue."""
+    slots: Counter[tuple[str, str]] = Counter()
+    turns: set[str] = set()
+    for row in freed:
+        slots[row.task, WAITS_FOR_TASK] += 1
+        if row.concurrency_key is not None:
+            slots[row.task, WAITS_FOR_KEY + row.concurrency_key] += 1
+        if row.ordering_key is not None and row.queue == queue:
+            turns.add(row.ordering_key)
+    _offer_slots(connection, tables, slots)
+    if turns:
+        document = json.dumps([{"key": key} for key in sorted(turns)])
+        connection.execute(_offer_turns(tables), {"of_queue": queue, "turns": document})
+
+
+def _offer_slots(
+    connection: sa.Connection, tables: Tables, slots: Mapping[tuple[str, str], int]
+) -> Counter[tuple[str, str]]:
+    """Let the next so many jobs that wait for each of these be judged again; how many there were, by task and rate
+    key."""
+    document = json.dumps([{"task": task, "waits_for": what, "n": n} for (task, what), n in sorted(slots.items())])
+    found = connection.execute(_offer_waiting(tables), {"slots": document})
+    return Counter((row.task, row.rate_key or "") for row in found)
+
+
+@cache
+def _offer_waiting(tables: Tables) -> sa.Update:
+    jobs = tables.jobs
+    slots = dialect.rows(
+        tables.dialect_name,
+        "slots",
+        sa.column("task", sa.Text),
+        sa.column("waits_for", sa.Text),
+        sa.column("n", sa.Integer),
+    )
+    first = dialect.first_of_each(
+        tables.dialect_name,
+        jobs,
+        slots,
+        sa.and_(jobs.c.task == slots.c.task, jobs.c.waits_for == slots.c.waits_for),
+        [jobs.c.priority.desc(), jobs.c.run_at, jobs.c.id],
+    )
+    return (
+        sa.update(jobs)
+        .where(id_in(jobs.c.id, first.scalar_subquery()))
+        .values(waits_for=sa.null(), slot=OFFERED)
+        .returning(jobs.c.task, jobs.c.rate_key)
+    )
+
+
+@cache
+def _offer_turns(tables: Tables) -> sa.Update:
+    """The first open job of each ordering key waits no more, and leads its key."""
+    jobs = tables.jobs
+    first = _first_open(tables, "turns", sa.bindparam("of_queue", type_=sa.Text()))
+    return (
+        sa.update(jobs)
+        .where(id_in(jobs.c.id, sa.select(first.c.id).where(first.c.id.is_not(None)).scalar_subquery()))
+        .values(
+            waits_for=sa.case((jobs.c.waits_for == WAITS_FOR_ORDER, sa.null()), else_=jobs.c.waits_for),
+            leads_order=sa.true(),
+        )
+    )
+
+
+def _first_open(tables: Tables, parameter: str, queue: sa.BindParameter[str]) -> sa.Subquery:
+    """For each ordering key of the parameter, its first job that is not final."""
+    jobs = tables.jobs
+    keys = dialect.rows(tables.dialect_name, parameter, sa.column("key", sa.Text))
+    first = (
+        sa.select(jobs.c.id)
+        .where(
+            jobs.c.queue == queue,
+            jobs.c.ordering_key == keys.c.key,
+            jobs.c.ordering_key.is_not(None),
+            sa.text("status IN ('pending', 'running')"),
+        )
+        .order_by(jobs.c.id)
+        .limit(1)
+        .correlate(keys)
+        .scalar_subquery()
+    )
+    return sa.select(keys.c.key, first.label("id")).subquery("leaders")
+
+
+def _let_go(connection: sa.Connection, tables: Tables, gates: _Gates) -> None:
+    """Where limits of a task were lifted: let jobs go that waited for them."""
+    for task in gates.releasing:
+        released = connection.execute(_release(tables), {"task": task, "limit": FREED_JOBS_MAX}).rowcount
+        if released < FREED_JOBS_MAX:
+            limits = tables.limits
+            connection.execute(
+                sa.update(limits).where(limits.c.scope == TASK, limits.c.name == task).values(releasing=sa.false())
+            )
+
+
+@cache
+def _release(tables: Tables) -> sa.Update:
+    jobs = tables.jobs
+    waiting = (
+        sa.select(jobs.c.id)
+        .where(
+            jobs.c.task == sa.bindparam("task", type_=sa.Text()),
+            jobs.c.waits_for.is_not(None),
+            jobs.c.waits_for != WAITS_FOR_ORDER,
+        )
+        .order_by(jobs.c.waits_for, jobs.c.priority.desc(), jobs.c.run_at, jobs.c.id)
+        .limit(sa.bindparam("limit", type_=sa.Integer()))
+        .with_for_update(skip_locked=True)
+    )
+    return sa.update(jobs).where(id_in(jobs.c.id, waiting.scalar_subquery())).values(waits_for=sa.null())
+
+
+# Tokens ----------------------------------------------------------------------------------------------------
+
+
+def _offer_tokens(connection: sa.Connection, tables: Tables, gates: _Gates) -> None:
+    """Where a token has come that jobs wait for, let as many of these be judged again."""
+    rates = gates.rates
+    rated = [name for scope, name in rates if scope == "task"]
+    if not rated:
+        return
+    buckets = tables.rate_buckets
+    ripe = connection.execute(_ripe(tables), {"names": rated}).all()
+    if not ripe:
+        return
+    wanted = {}
+    for row in ripe:
+        tokens = _tokens(row.tokens, row.seconds, *rates["task", row.name])
+        wanted[row.name, WAITS_FOR_RATE + row.key] = max(1, min(int(tokens), FREED_JOBS_MAX))
+    found = _offer_slots(connection, tables, wanted)
+    settled = [
+        {"name": row.name, "key": row.key}
+        for row in ripe
+        if found[row.name, row.key] < wanted[row.name, WAITS_FOR_RATE + row.key]
+    ]
+    if settled:
+        rows = dialect.rows(tables.dialect_name, "settled", sa.column("name", sa.Text), sa.column("key", sa.Text))
+        connection.execute(
+            sa.update(buckets)
+            .where(buckets.c.scope == TASK, buckets.c.name == rows.c.name, buckets.c.key == rows.c.key)
+            .values(ripe_at=sa.null()),
+            {"settled": json.dumps(settled)},
+        )
+
+
+@cache
+def _ripe(tables: Tables) -> sa.Select[Any]:
+    buckets = tables.rate_buckets
+    return (
+        sa.select(buckets.c.name, buckets.c.key, buckets.c.tokens, seconds_since(buckets.c.filled_at).label("seconds"))
+        .where(
+            buckets.c.scope == TASK,
+            text_in(buckets.c.name, sa.bindparam("names", type_=TextArray())),
+            buckets.c.ripe_at <= now(),
+        )
+        .order_by(buckets.c.name, buckets.c.ripe_at)
+        .limit(RIPE_BUCKETS_MAX)
+    )
+
+
+def _tokens(left: float, seconds: float, rate: float, burst: int) -> float:
+    """What a bucket holds, `seconds` after it held `left`."""
+    # Another claim may have written after this transaction began: then no time has passed.
+    return min(float(burst), left + max(0.0, seconds) * rate)
+
+
+def _next_token_seconds(connection: sa.Connection, tables: Tables, gates: _Gates) -> float | None:
+    rates = gates.rates
+    if not rates:
+        return None
+    names = {f"{scope}s": [name for of, name in rates if of == scope] for scope in ("task", "queue")}
+    seconds: float | None = connection.execute(_next_ripe(tables), names).scalar_one()
+    return None if seconds is None else max(0.0, -seconds)
+
+
+@cache
+def _next_ripe(tables: Tables) -> sa.Select[Any]:
+    """The first bucket whose token is still to come: those whose token has come were looked at."""
+    buckets = tables.rate_buckets
+
+    def named(scope: sa.ColumnClause[str], parameter: str) -> sa.ColumnElement[bool]:
+        names = sa.bindparam(parameter, type_=TextArray())
+        return sa.and_(buckets.c.scope == scope, text_in(buckets.c.name, names), buckets.c.ripe_at > now())
+
+    return sa.select(seconds_since(sa.func.min(buckets.c.ripe_at))).where(
+        sa.or_(named(TASK, "tasks"), named(QUEUE, "queues"))
+    )
+
+
+def _spend(connection: sa.Connection, tables: Tables, gates: _Gates, decision: Admission) -> None:
+    """Take the tokens that the admitted jobs cost, and say when the next one comes where jobs wait for one."""
+    touched = sorted({*decision.spent, *decision.wanting})
+    if not touched:
+        return
+    have = _tokens_of(connection, tables, touched, gates.rates)
+    rows = []
+    for bucket in touched:
+        rate, burst = gates.rates[bucket[:2]]
+        left = have.get(bucket, float(burst)) - decision.spent.get(bucket, 0)
+        ripe = max(0.0, 1.0 - left) / rate if bucket in decision.wanting else None
+        rows.append({"scope": bucket[0], "name": bucket[1], "key": bucket[2], "tokens": left, "ripe": ripe})
+    connection.execute(_put_tokens(tables), {"buckets": json.dumps(rows)})
+
+
+def _tokens_of(
+    connection: sa.Connection, tables: Tables, wanted: Iterable[Bucket], rates: _Rates
+) -> dict[Bucket, float]:
+    """What is in those of the buckets that there are; the others are full."""
+    document = json.dumps([dict(zip(("scope", "name", "key"), bucket, strict=True)) for bucket in wanted])
+    return {
+        (row.scope, row.name, row.key): _tokens(row.tokens, row.seconds, *rates[row.scope, row.name])
+        for row in connection.execute(_get_tokens(tables), {"buckets": document})
+    }
+
+
+@cache
+def _get_tokens(tables: Tables) -> sa.Select[Any]:
+    buckets = tables.rate_buckets
+    wanted = dialect.rows(
+        tables.dialect_name, "buckets", *(sa.column(name, sa.Text) for name in ("scope", "name", "key"))
+    )
+    same = [buckets.c[name] == wanted.c[name] for name in ("scope", "name", "key")]
+    return sa.select(
+        buckets.c.scope,
+        buckets.c.name,
+        buckets.c.key,
+        buckets.c.tokens,
+        seconds_since(buckets.c.filled_at).label("seconds"),
+    ).select_from(wanted.join(buckets, sa.and_(*same)))
+
+
+@cache
+def _put_tokens(tables: Tables) -> Any:
+    buckets = tables.rate_buckets
+    rows = dialect.rows(
+        tables.dialect_name,
+        "buckets",
+        *(sa.column(name, sa.Text) for name in ("scope", "name", "key")),
+        sa.column("tokens", sa.Double),
+        sa.column("ripe", sa.Double),
+    )
+    ripe_at = sa.case((rows.c.ripe.is_not(None), dialect.seconds_from_now(rows.c.ripe)))
+    put = dialect.insert(tables.dialect_name, buckets).from_select(
+        ["scope", "name", "key", "tokens", "filled_at", "ripe_at"],
+        sa.select(rows.c.scope, rows.c.name, rows.c.key, rows.c.tokens, now(), ripe_at).where(sa.true()),
+    )
+    return put.on_conflict_do_update(
+        index_elements=[buckets.c.scope, buckets.c.name, buckets.c.key],
+        set_={
+            "tokens": put.excluded.tokens,
+            "filled_at": sa.case(
+                (buckets.c.filled_at > put.excluded.filled_at, buckets.c.filled_at), else_=put.excluded.filled_at
+            ),
+            # Of a task's bucket it goes away once nothing waits for it: see _offer_tokens.
+            "ripe_at": sa.case(
+                (buckets.c.scope == TASK, sa.func.coalesce(put.excluded.ripe_at, buckets.c.ripe_at)),
+                else_=put.excluded.ripe_at,
+            ),
+        },
+    )
+
+
+# The decision ----------------------------------------------------------------------------------------------
+
+
+def _due(
+    connection: sa.Connection,
+    tables: Tables,
+    gates: _Gates,
+    tasks: Sequence[str] | None,
+    *,
+    limit: int,
+    flush: bool,
+    waited: float,
+) -> list[Candidate]:
+    """Due jobs in the order of claims, locked: those that have been due for `waited` seconds."""
+    parameters: dict[str, Any] = {"of_queue": gates.queue_name, "limit": limit, "waited": waited}
+    if tasks is not None:
+        parameters["tasks"] = list(tasks)
+    if tables.dialect_name == dialect.POSTGRESQL:
+        lanes, _ = store.lanes(connection, tables, queue=gates.queue_name)
+        parameters["lanes"] = store.lanes_document([(priority, None, 0) for priority in lanes])
+    rows = connection.execute(_due_jobs(tables, tasks is not None, flush), parameters)
+    found = {row.id: Candidate(row.id, row.task, row.concurrency_key, row.ordering_key, row.rate_key) for row in rows}
+    return list(found.values())
+
+
+@cache
+def _due_jobs(tables: Tables, of_tasks: bool, flush: bool) -> sa.Select[Any]:
+    jobs = tables.jobs
+    queue = sa.bindparam("of_queue", type_=sa.Text())
+    waited = sa.bindparam("waited", type_=sa.Float())
+    columns = [jobs.c.id, jobs.c.task, jobs.c.concurrency_key, jobs.c.ordering_key, jobs.c.rate_key]
+    return dialect.due(
+        tables.dialect_name,
+        jobs,
+        columns,
+        queue,
+        sa.and_(
+            store.claim_filters(tables, queue, of_tasks, flush), jobs.c.run_at <= dialect.seconds_from_now(-waited)
+        ),
+        sa.bindparam("limit", type_=sa.Integer()),
+    )
+
+
+def _in_use(connection: sa.Connection, tables: Tables, gates: _Gates, candidates: Sequence[Candidate]) -> InUse:
+    """What the decision about these candidates depends on."""
+    if not candidates:
+        return InUse()
+    of_queue, of_tasks, of_keys = 0, {}, {}
+    if gates.holding != []:
+        pairs = {
+            (job.task, job.concurrency_key)
+            for job in candidates
+            if job.concurrency_key is not None
+            and (limits := gates.tasks.get(job.task)) is not None
+            and limits.key_concurrency is not None
+        }
+        parameters = {
+            "of_queue": gates.queue_name,
+            "tasks": [name for name, limits in gates.tasks.items() if limits.concurrency is not None],
+            "pairs": json.dumps([{"task": task, "key": key} for task, key in sorted(pairs)]),
+        }
+        counts = connection.execute(_count_slots(tables, gates.holding is None), parameters)
+        for task, key, count in counts:
+            if task is None:
+                of_queue = count
+            elif key is None:
+                of_tasks[task] = count
+            else:
+                of_keys[task, key] = count
+    tokens: dict[Bucket, float] = {}
+    if rates := gates.rates:
+        wanted: set[Bucket] = {("task", job.task, job.rate_key or "") for job in candidates}
+        wanted.add(("queue", gates.queue_name, ""))
+        tokens = _tokens_of(connection, tables, sorted(bucket for bucket in wanted if bucket[:2] in rates), rates)
+    ordering_keys = sorted({job.ordering_key for job in candidates if job.ordering_key is not None})
+    leaders: dict[str, int] = {}
+    if ordering_keys:
+        document = json.dumps([{"key": key} for key in ordering_keys])
+        found = connection.execute(_leaders(tables), {"of_queue": gates.queue_name, "turns": document})
+        leaders = {row.key: row.id for row in found if row.id is not None}
+    return InUse(of_queue, of_tasks, of_keys, tokens, leaders)
+
+
+@cache
+def _count_slots(tables: Tables, of_queue: bool) -> Any:
+    """One row for each limited task, each key of a pair, and for the queue."""
+    jobs = tables.jobs
+    holding = [jobs.c.slot == HELD, jobs.c.status == RUNNING]
+    nothing = sa.cast(sa.null(), sa.Text)
+    of_tasks = (
+        sa.select(jobs.c.task.label("task"), nothing.label("key"), sa.func.count().label("count"))
+        .where(*holding, text_in(jobs.c.task, sa.bindparam("tasks", type_=TextArray())))
+        .group_by(jobs.c.task)
+    )
+    pairs = dialect.rows(tables.dialect_name, "pairs", sa.column("task", sa.Text), sa.column("key", sa.Text))
+    of_pair = (
+        sa.select(sa.func.count())
+        .select_from(jobs)
+        .where(*holding, jobs.c.task == pairs.c.task, jobs.c.concurrency_key == pairs.c.key)
+        .correlate(pairs)
+        .scalar_subquery()
+    )
+    counts = [of_tasks, sa.select(pairs.c.task, pairs.c.key, of_pair)]
+    if of_queue:
+        counts.append(
+            sa.select(nothing, nothing, sa.func.count())
+            .select_from(jobs)
+            .where(*holding, jobs.c.queue == sa.bindparam("of_queue", type_=sa.Text()))
+        )
+    return sa.union_all(*counts)
+
+
+@cache
+def _leaders(tables: Tables) -> sa.Select[Any]:
+    return sa.select(_first_open(tables, "turns", sa.bindparam("of_queue", type_=sa.Text())))
+
+
+def _take(
+    connection: sa.Connection,
+    tables: Tables,
+    gates: _Gates,
+    decision: Admission,
+    *,
+    queue: str,
+    worker: str,
+    token: uuid.UUID,
+    lease: float,
+) -> list[ClaimedJob]:
+    if not decision.admitted:
+        return []
+    parameters: dict[str, Any] = {"ids": sorted(decision.admitted), "worker": worker, "token": token, "lease": lease}
+    if gates.holding is not None:
+        parameters["tasks"] = gates.holding
+    rows = connection.execute(_take_jobs(tables, gates.holding is None), parameters).all()
+    return store.claimed_jobs(rows, queue=queue, worker=worker, token=token)
+
+
+@cache
+def _take_jobs(tables: Tables, all_hold: bool) -> sa.Update:
+    jobs = tables.jobs
+    holds = sa.case((text_in(jobs.c.task, sa.bindparam("tasks", type_=TextArray())), HELD))
+    return (
+        sa.update(jobs)
+        .where(id_among(jobs.c.id, IDS))
+        .values(store.claim_values(jobs) | {"slot": HELD if all_hold else holds})
+        .returning(*store.claimed_columns(jobs))
+    )
+
+
+def _set_aside(connection: sa.Connection, tables: Tables, decision: Admission) -> None:
+    """Move what has to wait out of the way of claims."""
+    waits = decision.waits
+    if decision.behind:
+        leaders = sorted(set(decision.behind.values()))
+        led = set(connection.execute(_lead(tables), {"ids": leaders}).scalars())
+        # The row of a leader that is locked may be final in a moment. Those behind it are judged by the next claim.
+        waits = {job_id: what for job_id, what in waits.items() if decision.behind.get(job_id) in (None, *led)}
+    if waits:
+        document = json.dumps([{"id": job_id, "waits_for": what} for job_id, what in sorted(waits.items())])
+        connection.execute(_wait(tables), {"waits": document})
+
+
+@cache
+def _lead(tables: Tables) -> sa.Update:
+    """Note that others wait behind these jobs, unless they are final or locked; and a leader waits behind none."""
+    jobs = tables.jobs
+    locked = (
+        sa.select(jobs.c.id)
+        .where(id_among(jobs.c.id, IDS), sa.text("status IN ('pending', 'running')"))
+        .order_by(jobs.c.id)
+        .with_for_update(skip_locked=True)
+    )
+    return (
+        sa.update(jobs)
+        .where(id_in(jobs.c.id, locked.scalar_subquery()))
+        .values(
+            leads_order=sa.true(),
+            waits_for=sa.case((jobs.c.waits_for == WAITS_FOR_ORDER, sa.null()), else_=jobs.c.waits_for),
+        )
+        .returning(jobs.c.id)
+    )
+
+
+@cache
+def _wait(tables: Tables) -> sa.Update:
+    jobs = tables.jobs
+    waits = dialect.rows(tables.dialect_name, "waits", sa.column("id", sa.BigInteger), sa.column("waits_for", sa.Text))
+    return sa.update(jobs).where(jobs.c.id == waits.c.id).values(waits_for=waits.c.waits_for)
