@@ -15,8 +15,8 @@ PgqueueError
 ├── SchemaMissing               pgqueue's tables are not there
 └── SchemaOutdated              pgqueue's tables are older or newer than this code
 
-What a task raises to say how its attempt ends is not an error and stands apart: Snooze, Discard and Cancel
-derive from TaskSignal.
+What a task raises to say how its attempt ends is not an error and stands apart: RetryAfter, Snooze, Discard and
+Cancel derive from TaskSignal.
 """
 
 from __future__ import annotations
@@ -82,6 +82,18 @@ class SchemaOutdated(PgqueueError):
 
 class TaskSignal(Exception):  # noqa: N818, RUF100 — not an error: the way a task says how its attempt ends
     """Base class of what a task raises to end its attempt other than by success or failure."""
+
+
+class RetryAfter(TaskSignal):
+    """This attempt failed: try again after exactly `delay` (seconds or timedelta) instead of the backoff.
+
+    A retry is charged; without one left the job is dead.
+    """
+
+    def __init__(self, delay: float | timedelta, reason: str = "") -> None:
+        super().__init__(reason)
+        self.delay = delay
+        self.reason = reason
 
 
 class Snooze(TaskSignal):

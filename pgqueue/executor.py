@@ -9,9 +9,9 @@ import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from pgqueue.errors import Cancel, Discard, InvalidPayload, Snooze
+from pgqueue.errors import Cancel, Discard, InvalidPayload, RetryAfter, Snooze
 from pgqueue.job import Cancelled, ClaimedJob, Completed, Discarded, ErrorInfo, Failed, Outcome, Snoozed
-from pgqueue.retry import DELAY_SECONDS_MAX, as_seconds
+from pgqueue.retry import DELAY_SECONDS_MAX, Retry, as_seconds
 from pgqueue.task import TaskDefinition, encode_json
 
 logger = logging.getLogger(__name__)
@@ -22,8 +22,6 @@ TRACEBACK_CHARACTERS_MAX = 20_000
 
 #: How long a coroutine may take to end after its timeout before the worker goes on without it.
 CANCEL_GRACE_SECONDS = 5.0
-
-CANCELLED_ITSELF = Failed(ErrorInfo("asyncio.CancelledError", "the task cancelled itself"))
 
 _current: contextvars.ContextVar[ClaimedJob] = contextvars.ContextVar("pgqueue_current_job")
 
@@ -41,12 +39,12 @@ def execute(task: TaskDefinition, job: ClaimedJob, *leading: Any) -> Outcome:
     try:
         arguments = task.decode(job.payload_json)
     except BaseException as error:  # noqa: BLE001 — validators of the application's own may raise anything
-        return _unusable(error)
+        return _unusable(task, error)
     token = _current.set(job)
     try:
         return completed(task, task.function(*leading, **arguments))
     except BaseException as error:  # noqa: BLE001 — whatever a task raises ends its attempt, not the worker
-        return outcome_of(error)
+        return outcome_of(error, task.retry)
     finally:
         _current.reset(token)
 
@@ -60,7 +58,7 @@ async def execute_async(task: TaskDefinition, job: ClaimedJob, *leading: Any) ->
     try:
         arguments = task.decode(job.payload_json)
     except BaseException as error:  # noqa: BLE001 — as above
-        return _unusable(error)
+        return _unusable(task, error)
     token = _current.set(job)
     try:
         if task.timeout is None:
@@ -70,9 +68,9 @@ async def execute_async(task: TaskDefinition, job: ClaimedJob, *leading: Any) ->
         running = asyncio.current_task()
         if running is not None and running.cancelling():
             raise  # somebody stops this attempt; a task that merely raises CancelledError has failed
-        return CANCELLED_ITSELF
+        return cancelled_itself(task.retry)
     except BaseException as error:  # noqa: BLE001 — as above
-        return outcome_of(error)
+        return outcome_of(error, task.retry)
     finally:
         _current.reset(token)
 
@@ -86,7 +84,7 @@ async def _within(
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # noqa: BLE001 — a SystemExit that leaves an asyncio task ends its event loop
-            return outcome_of(error)
+            return outcome_of(error, task.retry)
 
     running = asyncio.ensure_future(call())
     try:
@@ -102,19 +100,31 @@ async def _within(
                     job.id,
                     seconds,
                 )
-            return Failed(ErrorInfo("TimeoutError", f"the attempt took longer than its timeout of {seconds} s"))
+            return timed_out(task.retry, seconds)
     except asyncio.CancelledError:
         running.cancel()
         await asyncio.wait({running}, timeout=CANCEL_GRACE_SECONDS)
         raise
-    return CANCELLED_ITSELF if running.cancelled() else running.result()
+    return cancelled_itself(task.retry) if running.cancelled() else running.result()
 
 
-def _unusable(error: BaseException) -> Outcome:
+def timed_out(policy: Retry, seconds: float) -> Outcome:
+    """The outcome of an attempt that took too long."""
+    return policy.judge(
+        TimeoutError, ErrorInfo("TimeoutError", f"the attempt took longer than its timeout of {seconds} s")
+    )
+
+
+def cancelled_itself(policy: Retry) -> Outcome:
+    """The outcome of an `async def` task that ended as cancelled although nobody had cancelled it."""
+    return policy.judge(asyncio.CancelledError, ErrorInfo("asyncio.CancelledError", "the task cancelled itself"))
+
+
+def _unusable(task: TaskDefinition, error: BaseException) -> Outcome:
     """The outcome of a job whose payload cannot be decoded: the same payload will not fit next time either."""
     if isinstance(error, InvalidPayload):
         return Discarded("the payload cannot be used", describe(error))
-    return outcome_of(error)
+    return outcome_of(error, task.retry)
 
 
 def completed(task: TaskDefinition, result: object) -> Outcome:
@@ -128,26 +138,35 @@ def completed(task: TaskDefinition, result: object) -> Outcome:
         return Discarded(reason, ErrorInfo("InvalidResult", clean(reason, MESSAGE_CHARACTERS_MAX)))
 
 
-def outcome_of(error: BaseException) -> Outcome:
+def outcome_of(error: BaseException, policy: Retry) -> Outcome:
     """The outcome of a task that raised `error`."""
     match error:
-        case Snooze():
-            try:
-                delay = as_seconds(error.delay)
-            except (TypeError, ValueError, OverflowError):
-                delay = -1.0
-            if not 0 <= delay <= DELAY_SECONDS_MAX:
+        case Snooze() | RetryAfter():
+            delay = _delay_of(error)
+            if delay is None:
                 problem = (
-                    f"Snooze needs a delay between 0 and {DELAY_SECONDS_MAX:.0f} seconds, got {_text(error.delay)}"
+                    f"{type(error).__name__} needs a delay between 0 and {DELAY_SECONDS_MAX:.0f} seconds, "
+                    f"got {_text(error.delay)}"
                 )
                 return Failed(ErrorInfo("ValueError", problem))
+            if isinstance(error, RetryAfter):
+                return Failed(describe(error), delay)
             return Snoozed(delay, _text(error.reason))
         case Discard():
             return Discarded(_text(error.reason), describe(error))
         case Cancel():
             return Cancelled(_text(error.reason))
         case _:
-            return Failed(describe(error))
+            return policy.judge(type(error), describe(error))
+
+
+def _delay_of(error: Snooze | RetryAfter) -> float | None:
+    """Seconds; None when what the task gave is no such delay."""
+    try:
+        delay = as_seconds(error.delay)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return delay if 0 <= delay <= DELAY_SECONDS_MAX else None
 
 
 def describe(error: BaseException) -> ErrorInfo:

@@ -160,12 +160,14 @@ class Completed:
 @dataclass(frozen=True, slots=True)
 class Failed:
     error: ErrorInfo
+    delay_seconds: float | None = None  #: before the retry, should there be one; None: the policy's backoff
 
 
 @dataclass(frozen=True, slots=True)
 class Snoozed:
     delay_seconds: float
     reason: str
+    error: ErrorInfo | None = None  #: what the policy took for a wish to run later
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
 
-from pgqueue.errors import ConfigurationError
+from pgqueue.errors import ConfigurationError, TaskSignal
 from pgqueue.job import (
     Cancelled,
     ClaimedJob,
     Completed,
     Discarded,
+    ErrorInfo,
     EventType,
     Failed,
     JobStatus,
@@ -46,6 +47,11 @@ class Retry:
     With `jitter` the wait is drawn evenly from the upper half of that ("equal jitter" of M. Brooker,
     "Exponential Backoff And Jitter", AWS Architecture Blog, 2015): retries of many jobs spread out, and none
     comes at once.
+
+    By the error's class: `discard_on` makes the job dead at once, `snooze_on` runs it again after so long without
+    charging a retry, and everything else is retried; or, when `retry_on` is given, only what it names is, and every
+    other error makes the job dead at once. Of several classes that fit, the most specific one decides. What the
+    task raises to say how its attempt ends (RetryAfter, Snooze, Discard, Cancel) is none of these.
     """
 
     max_retries: int = 3  #: retries after the first attempt; 0: a failed attempt makes the job dead
@@ -53,6 +59,9 @@ class Retry:
     base: float = 2.0
     cap: float = 300.0
     jitter: bool = True
+    retry_on: type[BaseException] | Iterable[type[BaseException]] | None = None  #: None: all
+    discard_on: type[BaseException] | Iterable[type[BaseException]] = ()
+    snooze_on: Mapping[type[BaseException], float | timedelta] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         checked_max_retries(self.max_retries)
@@ -67,6 +76,13 @@ class Retry:
                 raise ConfigurationError(
                     f"{name} must be a number of seconds between 0 and {DELAY_SECONDS_MAX:.0f}, got {seconds!r}"
                 )
+        if self.retry_on is not None:
+            object.__setattr__(self, "retry_on", _checked_errors("retry_on", self.retry_on))
+            if not self.retry_on:
+                raise ConfigurationError("retry_on names no error, so nothing would be retried; say max_retries=0")
+        object.__setattr__(self, "discard_on", _checked_errors("discard_on", self.discard_on))
+        object.__setattr__(self, "snooze_on", _checked_snoozes(self.snooze_on))
+        self._refuse_contradictions()
 
     def delay(self, retry: int, random: float) -> float:
         """Seconds to wait before the `retry`-th retry (from 1); `random` in [0, 1) decides the jitter."""
@@ -84,6 +100,31 @@ class Retry:
         wait = min(max(wait, 0.0), self.cap)
         return wait * ((1 + random) / 2) if self.jitter else wait
 
+    def judge(self, kind: type[BaseException], error: ErrorInfo) -> Failed | Discarded | Snoozed:
+        """How an attempt ended that raised an error of class `kind`."""
+        assert isinstance(self.discard_on, tuple)
+        assert self.retry_on is None or isinstance(self.retry_on, tuple)
+        for ancestor in kind.__mro__:
+            if ancestor in self.snooze_on:
+                delay = as_seconds(self.snooze_on[ancestor])
+                return Snoozed(delay, f"{error.type}: runs again in {delay:g} s (snooze_on)", error)
+            if ancestor in self.discard_on:
+                return Discarded(f"{error.type} is not to be retried (discard_on)", error)
+            if self.retry_on is not None and ancestor in self.retry_on:
+                return Failed(error)
+        if self.retry_on is not None:
+            return Discarded(f"{error.type} is not among the errors to be retried (retry_on)", error)
+        return Failed(error)
+
+    def _refuse_contradictions(self) -> None:
+        chosen: dict[object, str] = {}
+        for name in ("retry_on", "discard_on", "snooze_on"):
+            for error in getattr(self, name) or ():
+                if chosen.setdefault(error, name) != name:
+                    raise ConfigurationError(
+                        f"{error.__name__} is in both {chosen[error]} and {name}; which of the two is meant?"
+                    )
+
     def _call(self, backoff: Callable[[int], float | timedelta], retry: int) -> float:
         """What the application's function says. Its mistakes must not keep a failure from being recorded."""
         try:
@@ -92,6 +133,42 @@ class Retry:
             logger.exception("the backoff function %r failed; the retry waits its cap, %g s", backoff, self.cap)
             return self.cap
         return self.cap if math.isnan(wait) else wait
+
+
+def _checked_errors(name: str, errors: object) -> tuple[type[BaseException], ...]:
+    if isinstance(errors, type):
+        errors = (errors,)
+    if not isinstance(errors, Iterable) or isinstance(errors, str | Mapping):
+        raise ConfigurationError(f"{name} must be an exception class or several of them, got {errors!r}")
+    checked = tuple(errors)
+    for error in checked:
+        if not isinstance(error, type) or not issubclass(error, BaseException):
+            raise ConfigurationError(f"{name} must name exception classes, got {error!r}")
+        if issubclass(error, TaskSignal):
+            raise ConfigurationError(
+                f"{name} names {error.__name__}, which already says how the attempt ends; leave it away"
+            )
+    return checked
+
+
+def _checked_snoozes(snoozes: object) -> dict[type[BaseException], float]:
+    if not isinstance(snoozes, Mapping):
+        raise ConfigurationError(
+            f"snooze_on must map exception classes to seconds or timedeltas, such as {{Busy: 30}}, got {snoozes!r}"
+        )
+    checked = {}
+    for error in _checked_errors("snooze_on", list(snoozes)):
+        try:
+            seconds = math.nan if isinstance(snoozes[error], bool | str) else as_seconds(snoozes[error])
+        except (TypeError, ValueError, OverflowError):
+            seconds = math.nan
+        if not 0 < seconds <= DELAY_SECONDS_MAX:
+            raise ConfigurationError(
+                f"snooze_on of {error.__name__} must be seconds or a timedelta of more than 0 and at most "
+                f"{DELAY_SECONDS_MAX:.0f} seconds, got {snoozes[error]!r}"
+            )
+        checked[error] = seconds
+    return checked
 
 
 def checked_max_retries(retries: object) -> int:
@@ -118,8 +195,8 @@ def decide(job: ClaimedJob, outcome: Outcome, policy: Retry, random: float) -> T
         return Transition(job.id, job.claim_token, job.attempt, status, event, **what)
 
     match outcome:
-        case Failed(error) if job.retries < job.max_retries:
-            wait = policy.delay(job.retries + 1, random)
+        case Failed(error, delay) if job.retries < job.max_retries:
+            wait = policy.delay(job.retries + 1, random) if delay is None else delay
             return become(
                 JobStatus.PENDING,
                 EventType.RETRY,
@@ -139,7 +216,7 @@ def decide(job: ClaimedJob, outcome: Outcome, policy: Retry, random: float) -> T
             return become(JobStatus.DEAD, EventType.DEAD, error=error, reason=reason)
         case Cancelled(reason):
             return become(JobStatus.CANCELLED, EventType.CANCEL, reason=reason)
-        case Snoozed(delay_seconds, reason):
-            return become(JobStatus.PENDING, EventType.SNOOZE, delay_seconds=delay_seconds, reason=reason)
+        case Snoozed(delay_seconds, reason, error):
+            return become(JobStatus.PENDING, EventType.SNOOZE, delay_seconds=delay_seconds, reason=reason, error=error)
         case Released(reason, delay_seconds):
             return become(JobStatus.PENDING, EventType.RELEASE, delay_seconds=delay_seconds, reason=reason)

@@ -47,7 +47,7 @@ from pgqueue.engine import (
     parse_url,
 )
 from pgqueue.errors import ConfigurationError, IllegalTransition
-from pgqueue.executor import CANCELLED_ITSELF, execute, execute_async, outcome_of
+from pgqueue.executor import cancelled_itself, execute, execute_async, outcome_of
 from pgqueue.job import (
     ClaimedJob,
     Completed,
@@ -61,7 +61,7 @@ from pgqueue.job import (
 from pgqueue.lanes import Lanes
 from pgqueue.loop import DatabaseLoop, LoopEnded, Outage, TaskLoop
 from pgqueue.notifier import WakeListener
-from pgqueue.retry import decide
+from pgqueue.retry import Retry, decide
 from pgqueue.slots import Slots
 from pgqueue.task import TaskDefinition
 from pgqueue.version import VERSION
@@ -573,7 +573,7 @@ class Worker:
                 outcome = await execute_async(definition, job)
         except asyncio.CancelledError:
             stopped = job in self._async_stopped
-            outcome = STOPPED_RUNNING if stopped else CANCELLED_ITSELF
+            outcome = STOPPED_RUNNING if stopped else cancelled_itself(definition.retry)
         finally:
             del self._async_jobs[job]
             self._async_stopped.discard(job)
@@ -596,7 +596,7 @@ class Worker:
         try:
             connection = self.pgq.engine.connect()
         except Exception as error:  # noqa: BLE001 — the task did not begin
-            return NOT_BEGUN if is_transient(error) else outcome_of(error)
+            return NOT_BEGUN if is_transient(error) else outcome_of(error, definition.retry)
         outcome: Outcome | None = None
         ending = False
         try:
@@ -619,7 +619,7 @@ class Worker:
         except BaseException as error:  # noqa: BLE001 — the task's rows, or the commit, were refused
             if ending:
                 self._take_back_end(job)
-            return _outcome_of_broken(outcome, error)
+            return _outcome_of_broken(outcome, error, definition.retry)
         self._settle([decide(job, outcome, definition.retry, random=0.0)], {job.id} if guard.open else set())
         return None
 
@@ -632,7 +632,7 @@ class Worker:
                 try:
                     connection = await stack.enter_async_context(self._async_engine.connect())
                 except Exception as error:  # noqa: BLE001 — the task did not begin
-                    return NOT_BEGUN if is_transient(error) else outcome_of(error)
+                    return NOT_BEGUN if is_transient(error) else outcome_of(error, definition.retry)
                 # It begins its transaction when the task first uses it: on SQLite that keeps all others from writing.
                 session = await stack.enter_async_context(AsyncSession(connection, expire_on_commit=False))
                 sync_connection = connection.sync_connection
@@ -662,7 +662,7 @@ class Worker:
         except BaseException as error:  # noqa: BLE001 — as above
             if ending:
                 self._take_back_end(job)
-            return _outcome_of_broken(outcome, error)
+            return _outcome_of_broken(outcome, error, definition.retry)
         self._settle([decide(job, outcome, definition.retry, random=0.0)], {job.id} if guard.open else set())
         return None
 
@@ -901,13 +901,13 @@ def _characters(transition: Transition) -> int:
     return len(transition.result_json or "") + (len(error.message) + len(error.traceback) if error else 0)
 
 
-def _outcome_of_broken(outcome: Outcome | None, error: BaseException) -> Outcome:
+def _outcome_of_broken(outcome: Outcome | None, error: BaseException, policy: Retry) -> Outcome:
     """The outcome of a transactional attempt whose transaction broke.
 
     After a commit whose answer was lost this may be a completed job: then its claim is over, and the fence refuses
     what the finisher is about to write. A task that had already said how its attempt ends is heard.
     """
-    return outcome_of(error) if outcome is None or isinstance(outcome, Completed) else outcome
+    return outcome_of(error, policy) if outcome is None or isinstance(outcome, Completed) else outcome
 
 
 class _CommitGuard:

@@ -27,6 +27,7 @@ def test_the_public_names_are_these() -> None:
         "PgQueue",
         "PgqueueError",
         "Retry",
+        "RetryAfter",
         "SchemaMissing",
         "SchemaOutdated",
         "Snooze",

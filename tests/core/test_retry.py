@@ -187,6 +187,37 @@ def test_the_allowance_is_the_jobs_own_not_the_policys() -> None:
     assert transition.reason == "no retries allowed"
 
 
+outcomes = st.one_of(
+    st.just(Completed()),
+    st.builds(Failed, st.just(BOOM), st.none() | seconds),
+    st.builds(Snoozed, seconds, st.text(), st.none() | st.just(BOOM)),
+    st.builds(Discarded, st.text(), st.just(BOOM)),
+    st.builds(Cancelled, st.text()),
+    st.builds(Released, st.text(), st.none() | seconds),
+)
+
+
+@given(outcomes, st.integers(0, 5), st.integers(0, 5), policies, randoms)
+def test_every_outcome_becomes_one_fenced_write_that_keeps_the_books(
+    outcome: Outcome, retries: int, max_retries: int, policy: Retry, random: float
+) -> None:
+    job = claimed(retries, max_retries)
+
+    written = decide(job, outcome, policy, random)
+
+    assert (written.job_id, written.claim_token, written.attempt) == (job.id, job.claim_token, job.attempt)
+    assert (written.event is None) == (written.status is JobStatus.COMPLETED) == isinstance(outcome, Completed)
+    # A retry is charged exactly for a failure that is tried again, and never beyond the allowance.
+    assert written.charge_retry == (written.event is EventType.RETRY)
+    assert written.charge_retry == (isinstance(outcome, Failed) and retries < max_retries)
+    assert written.delay_seconds is None or (written.status is JobStatus.PENDING and written.delay_seconds >= 0)
+    if written.charge_retry and outcome.delay_seconds is not None:  # type: ignore[union-attr]
+        assert written.delay_seconds == outcome.delay_seconds  # type: ignore[union-attr]
+    # What went wrong is never lost, and never made up.
+    assert written.error == getattr(outcome, "error", None)
+    assert written.reason is not None or written.event is None
+
+
 def test_reasons_tell_where_a_job_stands() -> None:
     policy = Retry(base=2, jitter=False)
 

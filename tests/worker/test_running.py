@@ -9,10 +9,11 @@ import time
 from typing import Any
 
 import pytest
+from jobs import seconds_until_due
 from support import execute, scalar, wait_for
 from working import Gate, drain, enqueue, enqueue_many, events, statuses, table, wait_for_status, working
 
-from pgqueue import Cancel, Discard, PgQueue, Retry, Snooze, Worker, WorkerConfig, current_job, store
+from pgqueue import Cancel, Discard, PgQueue, Retry, RetryAfter, Snooze, Worker, WorkerConfig, current_job, store
 
 AT_ONCE = Retry(max_retries=2, backoff="constant", base=0, jitter=False)
 
@@ -231,6 +232,49 @@ def test_a_task_can_discard_or_cancel_its_job(pgq: PgQueue) -> None:
     assert pgq.job_events(discarded)[0]["reason"] == "no such customer"
     assert pgq.job_events(cancelled)[0]["reason"] == "order withdrawn"
     assert (report.dead, report.cancelled, report.retried) == (1, 1, 0)
+
+
+def test_an_error_is_treated_as_the_policy_says_of_its_class(pgq: PgQueue) -> None:
+    policy = Retry(retry_on=ConnectionError, discard_on=KeyError, snooze_on={BlockingIOError: 3600}, base=0, cap=0)
+
+    @pgq.task(retry=policy)
+    def fails(how: str) -> None:
+        raise {"lost": ConnectionResetError, "missing": KeyError, "busy": BlockingIOError, "other": ValueError}[how]
+
+    ids = {how: enqueue(fails, how=how) for how in ("lost", "missing", "busy", "other")}
+
+    report = drain(pgq)
+
+    jobs = {how: pgq.get_job(job_id) for how, job_id in ids.items()}
+    assert {how: (job.status, job.attempt, job.retries) for how, job in jobs.items()} == {
+        "lost": ("dead", 4, 3),
+        "missing": ("dead", 1, 0),
+        "busy": ("pending", 1, 0),
+        "other": ("dead", 1, 0),
+    }
+    (snoozed,) = pgq.job_events(ids["busy"])
+    assert (snoozed["event"], snoozed["reason"]) == ("snooze", "BlockingIOError: runs again in 3600 s (snooze_on)")
+    assert snoozed["error"]["type"] == "BlockingIOError"
+    assert pgq.job_events(ids["other"])[0]["reason"] == ("ValueError is not among the errors to be retried (retry_on)")
+    assert (report.retried, report.dead, report.snoozed) == (3, 3, 1)
+
+
+@pytest.mark.parametrize("max_retries", [0, 1])
+def test_a_task_can_say_when_it_is_to_be_tried_again(pgq: PgQueue, max_retries: int) -> None:
+    @pgq.task(retry=Retry(max_retries=max_retries, base=0))
+    def limited() -> None:
+        raise RetryAfter(3600, "HTTP 429")
+
+    job_id = enqueue(limited)
+
+    with working(pgq):
+        wait_for(lambda: events(pgq, job_id), "the attempt to end")
+
+    job = pgq.get_job(job_id)
+    assert (job.status, job.retries) == (("pending", 1) if max_retries else ("dead", 0))
+    assert job.error["message"] == "HTTP 429"  # type: ignore[index]
+    if max_retries:
+        assert 3590 < seconds_until_due(pgq, job_id) <= 3600
 
 
 def test_a_result_that_is_not_json_makes_the_job_dead_and_says_so(pgq: PgQueue) -> None:
