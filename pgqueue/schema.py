@@ -447,14 +447,33 @@ def _schedules(metadata: sa.MetaData, prefix: str) -> sa.Table:
             server_default="latest",
             comment="which ticks that were missed are made up for: none, latest or all",
         ),
+        sa.Column(
+            "overlap",
+            sa.Boolean,
+            nullable=False,
+            server_default=sa.true(),
+            comment="false: no job while the one before is pending or running",
+        ),
         sa.Column("enabled", sa.Boolean, nullable=False, server_default=sa.true(), comment="false: makes no jobs"),
         sa.Column(
-            "declared_by", sa.Text, nullable=False, server_default="code", comment="code, or who changed it since"
+            "declared_by", sa.Text, nullable=False, server_default="sql", comment="code, or who made or changed it"
         ),
-        sa.Column("next_tick_at", UTCDateTime, comment="the first tick that is not settled yet"),
+        sa.Column(
+            "declared_at", UTCDateTime, comment="when a worker last found it in its code; NULL: it comes from no code"
+        ),
+        sa.Column("next_tick_at", UTCDateTime, nullable=False, server_default=now(), comment="no tick before is open"),
         sa.Column("created_at", UTCDateTime, nullable=False, server_default=now(), comment="when it was made"),
         sa.Column("updated_at", UTCDateTime, nullable=False, server_default=now(), comment="when it last changed"),
         sa.CheckConstraint("catchup IN ('none', 'latest', 'all')", name="catchup"),
+        sa.CheckConstraint(
+            "length(name) BETWEEN 1 AND 128 AND length(task) BETWEEN 1 AND 128 AND length(queue) BETWEEN 1 AND 128"
+            " AND max_retries >= 0",
+            name="values",
+        ),
+        sa.CheckConstraint(_are_objects("payload", flat=bool(prefix)), name="payload"),
+        sa.CheckConstraint(
+            _are_readable("declared_at", "next_tick_at", "created_at", "updated_at", flat=bool(prefix)), name="moments"
+        ),
         sa.Index(f"{prefix}schedules_next", "next_tick_at", postgresql_where=enabled, sqlite_where=enabled),
         comment="pgqueue: what is enqueued by the clock",
     )
@@ -466,9 +485,12 @@ def _schedule_ticks(metadata: sa.MetaData, prefix: str) -> sa.Table:
         metadata,
         sa.Column("schedule", sa.Text, primary_key=True, comment="name of the schedule"),
         sa.Column("tick_at", UTCDateTime, primary_key=True, comment="the moment its rule names"),
-        sa.Column("job_id", sa.BigInteger, comment="the job that was enqueued for it"),
+        sa.Column(
+            "job_id", sa.BigInteger, comment="the job that was enqueued for it; NULL: none, the one before was open"
+        ),
         sa.Column("created_at", UTCDateTime, nullable=False, server_default=now(), comment="when that was done"),
-        comment="pgqueue: ticks of schedules that were enqueued, each at most once",
+        sa.Index(f"{prefix}schedule_ticks_created", "created_at"),
+        comment="pgqueue: ticks of schedules that were settled, each at most once",
     )
 
 

@@ -216,14 +216,37 @@ def _create_tables(schema: str | None, prefix: str) -> None:
             nullable=False,
             comment="which ticks that were missed are made up for: none, latest or all",
         ),
+        sa.Column(
+            "overlap",
+            sa.Boolean(),
+            server_default=sa.true(),
+            nullable=False,
+            comment="false: no job while the one before is pending or running",
+        ),
         sa.Column("enabled", sa.Boolean(), server_default=sa.true(), nullable=False, comment="false: makes no jobs"),
         sa.Column(
-            "declared_by", sa.Text(), server_default="code", nullable=False, comment="code, or who changed it since"
+            "declared_by", sa.Text(), server_default="sql", nullable=False, comment="code, or who made or changed it"
         ),
-        sa.Column("next_tick_at", moment, comment="the first tick that is not settled yet"),
+        sa.Column(
+            "declared_at", moment, comment="when a worker last found it in its code; NULL: it comes from no code"
+        ),
+        sa.Column("next_tick_at", moment, server_default=now, nullable=False, comment="no tick before is open"),
         sa.Column("created_at", moment, server_default=now, nullable=False, comment="when it was made"),
         sa.Column("updated_at", moment, server_default=now, nullable=False, comment="when it last changed"),
         sa.CheckConstraint("catchup IN ('none', 'latest', 'all')", name=op.f(f"ck_{prefix}schedules_catchup")),
+        sa.CheckConstraint(
+            "length(name) BETWEEN 1 AND 128 AND length(task) BETWEEN 1 AND 128 AND length(queue) BETWEEN 1 AND 128"
+            " AND max_retries >= 0",
+            name=op.f(f"ck_{prefix}schedules_values"),
+        ),
+        sa.CheckConstraint(
+            "json_valid(payload) AND json_type(payload) = 'object'" if flat else "jsonb_typeof(payload) = 'object'",
+            name=op.f(f"ck_{prefix}schedules_payload"),
+        ),
+        sa.CheckConstraint(
+            " AND ".join(map(_readable, ("declared_at", "next_tick_at", "created_at", "updated_at"))),
+            name=op.f(f"ck_{prefix}schedules_moments"),
+        ),
         sa.PrimaryKeyConstraint("name", name=op.f(f"pk_{prefix}schedules")),
         schema=schema,
         comment="pgqueue: what is enqueued by the clock",
@@ -233,12 +256,15 @@ def _create_tables(schema: str | None, prefix: str) -> None:
         f"{prefix}schedule_ticks",
         sa.Column("schedule", sa.Text(), nullable=False, comment="name of the schedule"),
         sa.Column("tick_at", moment, nullable=False, comment="the moment its rule names"),
-        sa.Column("job_id", sa.BigInteger(), comment="the job that was enqueued for it"),
+        sa.Column(
+            "job_id", sa.BigInteger(), comment="the job that was enqueued for it; NULL: none, the one before was open"
+        ),
         sa.Column("created_at", moment, server_default=now, nullable=False, comment="when that was done"),
         sa.PrimaryKeyConstraint("schedule", "tick_at", name=op.f(f"pk_{prefix}schedule_ticks")),
         schema=schema,
-        comment="pgqueue: ticks of schedules that were enqueued, each at most once",
+        comment="pgqueue: ticks of schedules that were settled, each at most once",
     )
+    op.create_index(f"{prefix}schedule_ticks_created", f"{prefix}schedule_ticks", ["created_at"], schema=schema)
     op.create_table(
         f"{prefix}unique_periods",
         sa.Column("task", sa.Text(), nullable=False, comment="of the job"),
