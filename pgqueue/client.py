@@ -501,10 +501,33 @@ class PgQueue:
         before_id: int | None = None,
         limit: int = 50,
     ) -> list[_Job]:
-        """Jobs that fit the filters, newest first. `before_id` continues after a page."""
+        """Jobs that fit the filters, newest first. `before_id` continues after a page.
+
+        Completed ones of a queue or task that has few among millions take long to find: see `page_of_jobs`.
+        """
+        page = self.page_of_jobs(status=status, queue=queue, task=task, before_id=before_id, limit=limit, within=None)
+        return page.jobs
+
+    def page_of_jobs(
+        self,
+        *,
+        status: str | None = None,
+        queue: str | None = None,
+        task: str | None = None,
+        before_id: int | None = None,
+        limit: int = 50,
+        within: int | None = 100_000,
+    ) -> operations.JobPage:
+        """The same, with the `before_id` of the next page; None when there is none.
+
+        within: look through so many jobs at most, None: through all. When that ends the page early, `complete` is
+        false. Pending, running, dead and cancelled jobs are found by an index, and are always complete.
+        """
         if status is not None and status not in tuple(JobStatus):
             raise ConfigurationError(f"status must be one of {', '.join(JobStatus)}, got {status!r}")
         _checked_limit(limit)
+        if within is not None and (not isinstance(within, int) or isinstance(within, bool) or within < 1):
+            raise ConfigurationError(f"within must be at least 1, or None, got {within!r}")
         with self.reading() as connection:
             return operations.list_jobs(
                 connection,
@@ -514,6 +537,7 @@ class PgQueue:
                 task=task,
                 before_id=before_id,
                 limit=limit,
+                within=within,
             )
 
     def job_events(self, job_id: int) -> list[dict[str, Any]]:
@@ -569,10 +593,14 @@ class PgQueue:
             self._wake_sender({queue}, True)
         return ended
 
-    def queues(self) -> list[operations.QueueSummary]:
-        """How many jobs of each queue stand where."""
+    def queues(self, *, exact: bool = False) -> list[operations.QueueSummary]:
+        """How many jobs of each queue stand where.
+
+        In a table of more than some 30,000 jobs the completed and the cancelled ones are estimated, unless `exact`,
+        which reads the whole table.
+        """
         with self.reading() as connection:
-            return operations.summarize_queues(connection, self.tables)
+            return operations.summarize_queues(connection, self.tables, exact=exact)
 
     def workers(self) -> list[dict[str, Any]]:
         """The workers that are, or lately were, alive."""

@@ -7,8 +7,9 @@ Each change locks one job, or skips what is locked by others, and writes down wh
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -19,7 +20,23 @@ from pgqueue import dialect, store
 from pgqueue.dialect import id_among, now, seconds_from_now, seconds_since
 from pgqueue.errors import DuplicateJob, IllegalTransition, JobNotFound
 from pgqueue.job import FINAL_STATUSES, EventType, Job, JobStatus
-from pgqueue.schema import Tables
+from pgqueue.schema import CLAIMABLE, Tables
+
+#: Pending and running jobs are looked for among so many of the newest before the whole table.
+NEWEST_JOBS = 1_000
+
+#: Up to so many blocks of 8 kB the table of jobs is counted, about 30,000 jobs. Of a larger one, finished jobs are
+#: estimated from about this many blocks.
+COUNT_BLOCKS_MAX, SAMPLE_BLOCKS = 1_000, 100
+
+#: How the indexes of pending and running jobs say it.
+OPEN_CONDITIONS = {
+    JobStatus.PENDING: (CLAIMABLE, "status = 'pending' AND waits_for IS NOT NULL"),
+    JobStatus.RUNNING: ("status = 'running'",),
+}
+
+#: How many jobs one step of a prune walks past at most.
+PRUNE_WINDOW_JOBS = 5_000
 
 # What people do to single jobs -----------------------------------------------------------------------------
 
@@ -32,6 +49,15 @@ def get_job(connection: sa.Connection, tables: Tables, job_id: int) -> Job:
     return Job(**_read(tables.jobs, row))
 
 
+@dataclass(frozen=True, slots=True)
+class JobPage:
+    """A page of jobs, newest first."""
+
+    jobs: list[Job]
+    before_id: int | None  #: where the next page goes on; None: there is nothing more
+    complete: bool = True  #: False: only some of the jobs were looked through, down to `before_id`
+
+
 def list_jobs(
     connection: sa.Connection,
     tables: Tables,
@@ -41,19 +67,48 @@ def list_jobs(
     task: str | None = None,
     before_id: int | None = None,
     limit: int = 50,
-) -> list[Job]:
-    """Jobs that fit the filters, newest first."""
+    within: int | None = None,
+) -> JobPage:
+    """Jobs that fit the filters, newest first.
+
+    within: look through so many jobs at most where no index leads to those that fit; None: through all.
+    """
     jobs = tables.jobs
-    query = _readable(jobs).order_by(jobs.c.id.desc()).limit(limit)
+    filters: list[Callable[[Any], sa.ColumnElement[bool]]] = []
     if status is not None:
-        query = query.where(jobs.c.status == sa.literal_column(f"'{JobStatus(status)}'"))
+        filters.append(lambda table: table.c.status == sa.literal_column(f"'{JobStatus(status)}'"))
     if queue is not None:
-        query = query.where(jobs.c.queue == queue)
+        filters.append(lambda table: table.c.queue == queue)
     if task is not None:
-        query = query.where(jobs.c.task == task)
-    if before_id is not None:
-        query = query.where(jobs.c.id < _bounded(before_id))
-    return [Job(**_read(jobs, row)) for row in connection.execute(query)]
+        filters.append(lambda table: table.c.task == task)
+    newer = [jobs.c.id < _bounded(before_id)] if before_id is not None else []
+
+    def page(table: sa.FromClause, *conditions: sa.ColumnElement[bool], order: Any = None) -> list[Job]:
+        query = _readable(table).where(*(fits(table) for fits in filters), *conditions).limit(limit)
+        query = query.order_by(table.c.id.desc() if order is None else order)
+        return [Job(**_read(jobs, row)) for row in connection.execute(query)]
+
+    def newest(count: int) -> list[Job]:
+        return page(sa.select(jobs).where(*newer).order_by(jobs.c.id.desc()).limit(count).subquery("newest"))
+
+    found: list[Job]
+    if status is not None and JobStatus(status) in OPEN_CONDITIONS:
+        # Most often they are among the newest. Where they are not, the way down the primary key may lead past all jobs
+        # that ever finished, so it is barred: an expression has no index.
+        found = newest(max(NEWEST_JOBS, 2 * limit))
+        if len(found) < limit:
+            parts = _parts(jobs, OPEN_CONDITIONS[JobStatus(status)], jobs.columns)
+            newer = [parts.c.id < _bounded(before_id)] if before_id is not None else []
+            found = page(parts, *newer, order=sa.desc(parts.c.id + sa.literal_column("0")))
+    elif status in (JobStatus.DEAD, JobStatus.CANCELLED) or within is None or not filters:
+        found = page(jobs, *newer)
+    else:
+        found = newest(within)
+        if len(found) < limit:
+            passed = sa.select(jobs.c.id).where(*newer).order_by(jobs.c.id.desc()).offset(within - 1).limit(1)
+            end = connection.execute(passed).scalar_one_or_none()
+            return JobPage(found, end, complete=end is None)
+    return JobPage(found, found[-1].id if len(found) == limit else None)
 
 
 def list_events(connection: sa.Connection, tables: Tables, job_id: int) -> list[dict[str, Any]]:
@@ -68,7 +123,7 @@ def _bounded(job_id: int) -> int:
     return max(-(2**63), min(job_id, 2**63 - 1))
 
 
-def _readable(table: sa.Table) -> sa.Select[Any]:
+def _readable(table: sa.FromClause) -> sa.Select[Any]:
     """The rows of a table with their JSON still text: one undecodable document must not hide the others."""
     return sa.select(
         *(
@@ -248,34 +303,93 @@ class QueueSummary:
     oldest_ready_seconds: float | None = None  #: how long the longest waiting due job has been due
     paused: bool = False
     paused_until: datetime | None = None
+    estimated: bool = False  #: completed and cancelled are estimates, of two digits; everything else is counted
 
 
-def summarize_queues(connection: sa.Connection, tables: Tables) -> list[QueueSummary]:
-    """A summary of every queue that has jobs or settings, by name."""
-    jobs, queues = tables.jobs, tables.queues
+def summarize_queues(connection: sa.Connection, tables: Tables, *, exact: bool = False) -> list[QueueSummary]:
+    """A summary of every queue that has jobs or settings, by name.
 
-    def count(*conditions: sa.ColumnElement[bool]) -> sa.ColumnElement[int]:
-        return sa.func.count(sa.case((sa.and_(*conditions), 1)))
-
-    pending, due = jobs.c.status == store.PENDING, jobs.c.run_at <= now()
-    counted = connection.execute(
-        sa.select(
-            jobs.c.queue,
-            count(pending, due).label("ready"),
-            count(pending, sa.not_(due)).label("scheduled"),
-            count(pending, jobs.c.retries > 0).label("retrying"),
-            count(jobs.c.status == store.RUNNING).label("running"),
-            count(jobs.c.status == store.COMPLETED).label("completed"),
-            count(jobs.c.status == store.DEAD).label("dead"),
-            count(jobs.c.status == store.CANCELLED).label("cancelled"),
-            seconds_since(sa.func.min(sa.case((sa.and_(pending, due), jobs.c.run_at)))).label("oldest_ready_seconds"),
-        ).group_by(jobs.c.queue)
-    )
+    To count the finished jobs of a long history takes seconds. So in a large table, on PostgreSQL, they are estimated
+    unless `exact`, and a queue that has few of them and nothing else may be missing.
+    """
+    queues = tables.queues
+    blocks = _blocks(connection, tables) if not exact else 0
+    counted = connection.execute(_counts(tables.jobs) if blocks <= COUNT_BLOCKS_MAX else _open_counts(tables.jobs))
     summaries: dict[str, dict[str, Any]] = {row.queue: dict(row._mapping) for row in counted}
+    if blocks > COUNT_BLOCKS_MAX:
+        share = min(SAMPLE_BLOCKS / blocks, 1.0)
+        for row in connection.execute(_finished_sample(tables.jobs, share)):
+            summary = summaries.setdefault(row.queue, {"queue": row.queue})
+            summary.update({name: _two_digits(row._mapping[name] / share) for name in FINISHED})
+        for summary in summaries.values():
+            summary["estimated"] = True
     paused = connection.execute(sa.select(queues.c.name, queues.c.paused_until).where(store.is_paused(queues)))
     for row in paused:
         summaries.setdefault(row.name, {"queue": row.name}).update(paused=True, paused_until=row.paused_until)
     return [QueueSummary(**summaries[name]) for name in sorted(summaries)]
+
+
+FINISHED = ("completed", "cancelled")
+
+
+def _blocks(connection: sa.Connection, tables: Tables) -> int:
+    """How many blocks of 8 kB the table of jobs has; on SQLite, which takes no samples, 0."""
+    if tables.dialect_name == dialect.SQLITE:
+        return 0
+    size: int = connection.execute(
+        sa.text("SELECT pg_relation_size(CAST(:jobs AS regclass)) / 8192"),
+        {"jobs": f"{tables.schema}.{tables.jobs.name}"},
+    ).scalar_one()
+    return size
+
+
+def _counts(jobs: sa.FromClause) -> sa.Select[Any]:
+    def count(*conditions: sa.ColumnElement[bool]) -> sa.ColumnElement[int]:
+        return sa.func.count(sa.case((sa.and_(*conditions), 1)))
+
+    pending, due = jobs.c.status == store.PENDING, jobs.c.run_at <= now()
+    return sa.select(
+        jobs.c.queue,
+        count(pending, due).label("ready"),
+        count(pending, sa.not_(due)).label("scheduled"),
+        count(pending, jobs.c.retries > 0).label("retrying"),
+        count(jobs.c.status == store.RUNNING).label("running"),
+        count(jobs.c.status == store.COMPLETED).label("completed"),
+        count(jobs.c.status == store.DEAD).label("dead"),
+        count(jobs.c.status == store.CANCELLED).label("cancelled"),
+        seconds_since(sa.func.min(sa.case((sa.and_(pending, due), jobs.c.run_at)))).label("oldest_ready_seconds"),
+    ).group_by(jobs.c.queue)
+
+
+def _open_counts(jobs: sa.Table) -> sa.Select[Any]:
+    """The same of the jobs that are not completed or cancelled."""
+    conditions = [*itertools.chain(*OPEN_CONDITIONS.values()), "status = 'dead'"]
+    return _counts(_parts(jobs, conditions, [jobs.c.queue, jobs.c.status, jobs.c.run_at, jobs.c.retries]))
+
+
+def _parts(jobs: sa.Table, conditions: Iterable[str], columns: Iterable[sa.ColumnElement[Any]]) -> sa.FromClause:
+    """The jobs that fulfil one of the conditions, which exclude each other: each part by its own index."""
+    parts = [sa.select(*columns).where(sa.text(condition)) for condition in conditions]
+    return sa.union_all(*parts).subquery("parts")
+
+
+def _finished_sample(jobs: sa.Table, share: float) -> sa.Select[Any]:
+    """Completed and cancelled jobs by queue in a share of the table's blocks, the same ones each time."""
+    sampled = sa.tablesample(jobs, sa.func.system(share * 100), name="sampled", seed=sa.literal_column("0"))
+    return (
+        sa.select(
+            sampled.c.queue,
+            sa.func.count(sa.case((sampled.c.status == store.COMPLETED, 1))).label("completed"),
+            sa.func.count(sa.case((sampled.c.status == store.CANCELLED, 1))).label("cancelled"),
+        )
+        .where(sampled.c.status.in_((store.COMPLETED, store.CANCELLED)))
+        .group_by(sampled.c.queue)
+    )
+
+
+def _two_digits(number: float) -> int:
+    """An estimate should not look like a count."""
+    return int(float(f"{number:.1e}"))
 
 
 # Workers ---------------------------------------------------------------------------------------------------
@@ -301,24 +415,40 @@ def prune(
 ) -> tuple[int, int | None]:
     """Delete up to `limit` jobs, and their events, that became final more than `older_than` seconds ago.
 
-    Works upwards from `after_id`. Returns how many were deleted and the id to go on after; None: that was all.
+    Works upwards from `after_id`, past some thousand jobs at most. Returns how many were deleted and the id to go on
+    after; None: that was all. It ends with the jobs that were enqueued since: no later job can have become final
+    before, unless its row was written to say so, and then a later prune gets there.
     """
     jobs, events = tables.jobs, tables.job_events
+    long_ago = seconds_from_now(sa.literal(-older_than, sa.Float()))
+    passed = (
+        sa.select(jobs.c.id, sa.or_(jobs.c.created_at < long_ago, jobs.c.finished_at < long_ago).label("is_old"))
+        .where(jobs.c.id > after_id)
+        .order_by(jobs.c.id)
+        .limit(PRUNE_WINDOW_JOBS)
+        .subquery("passed")
+    )
+    old = sa.func.count(sa.case((passed.c.is_old, 1)))
+    last_id, count, count_old = connection.execute(sa.select(sa.func.max(passed.c.id), sa.func.count(), old)).one()
+    if not count_old:
+        return 0, None
     status: sa.ColumnClause[str] = sa.literal_column("(" + ", ".join(f"'{JobStatus(name)}'" for name in statuses) + ")")
     doomed = connection.execute(
         sa.select(jobs.c.id)
         .where(
             jobs.c.id > after_id,
+            jobs.c.id <= last_id,
             jobs.c.status.op("IN")(status),
-            jobs.c.finished_at < seconds_from_now(sa.literal(-older_than, sa.Float())),
+            jobs.c.finished_at < long_ago,
         )
         .order_by(jobs.c.id)
         .limit(limit)
         .with_for_update(skip_locked=True)
     ).scalars()
     ids = list(doomed)
-    if not ids:
-        return 0, None
-    for column in (events.c.job_id, jobs.c.id):
-        connection.execute(sa.delete(column.table).where(id_among(column, store.IDS)), {"ids": ids})
-    return len(ids), ids[-1] if len(ids) == limit else None
+    if ids:
+        for column in (events.c.job_id, jobs.c.id):
+            connection.execute(sa.delete(column.table).where(id_among(column, store.IDS)), {"ids": ids})
+    if len(ids) == limit:
+        return len(ids), ids[-1]
+    return len(ids), last_id if count == PRUNE_WINDOW_JOBS else None

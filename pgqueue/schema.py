@@ -239,8 +239,9 @@ def _jobs(metadata: sa.MetaData, prefix: str) -> sa.Table:
         _partial(prefix, "lease", "claim_expires_at", where="status = 'running'"),
         # Over all open statuses, so that no retry, sweep or release can ever run into it.
         _partial(prefix, "unique_key", "task", "unique_key", unique=True, where=OPEN_WITH_KEY),
-        # For people: dead jobs are few among many finished ones.
+        # For people: dead and cancelled jobs are few among many finished ones.
         _partial(prefix, "dead", "id", where="status = 'dead'"),
+        _partial(prefix, "cancelled", "id", where="status = 'cancelled'"),
         # Limits: how many jobs hold a slot, which slots came free, and who is next. Jobs without limits are in none.
         _partial(prefix, "slots_of_task", "task", "concurrency_key", where="slot = 'held' AND status = 'running'"),
         _partial(prefix, "slots_of_queue", "queue", where="slot = 'held' AND status = 'running'"),

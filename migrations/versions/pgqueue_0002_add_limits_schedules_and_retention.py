@@ -39,6 +39,7 @@ INDEXES: list[tuple[str, list[Any], str]] = [
     ("expiry", ["expires_at"], "expires_at IS NOT NULL AND status = 'pending'"),
     ("cancelling", ["claimed_by"], "cancel_requested_at IS NOT NULL AND status = 'running'"),
     ("prune", ["prune_at"], "prune_at IS NOT NULL"),
+    ("cancelled", ["id"], "status = 'cancelled'"),
 ]
 
 

@@ -13,10 +13,12 @@ from pgqueue.cli.parameters import JobId, JobIds, QueueNames, Reason, duration_o
 from pgqueue.cli.program import OK, Settings, app, command, exit_code
 from pgqueue.errors import DuplicateJob, IllegalTransition, JobNotFound
 from pgqueue.job import JobStatus
-from pgqueue.operations import QueueSummary
-from pgqueue.output import job_row, print_error
+from pgqueue.operations import FINISHED, QueueSummary
+from pgqueue.output import Format, job_row, print_error
 
 STATUSES = ", ".join(JobStatus)
+
+Exact = Annotated[bool, typer.Option("--exact", help="Count finished jobs too, however long it takes.")]
 
 jobs = typer.Typer(no_args_is_help=True)
 queues = typer.Typer(no_args_is_help=True)
@@ -25,12 +27,15 @@ app.add_typer(queues, name="queues", help="Look at queues; pause and resume them
 
 
 @command(app)
-def stats(settings: Settings) -> None:
-    """Show how many jobs of each queue stand where, and which workers are alive."""
+def stats(settings: Settings, exact: Exact = False) -> None:
+    """Show how many jobs of each queue stand where, and which workers are alive.
+
+    Beside a long history a table shows estimates of the completed and cancelled jobs, as ~120000.
+    """
     with opened(settings) as pgq:
-        summaries, workers = pgq.queues(), pgq.workers()
+        summaries, workers = pgq.queues(exact=exact), pgq.workers()
     settings.printer().record(
-        {"queues": [dataclasses.asdict(summary) for summary in summaries], "workers": workers},
+        {"queues": _queue_rows(settings, summaries), "workers": workers},
         columns={"workers": ("id", "pid", "host", "version", "queues", "started_at", "silent_seconds")},
     )
 
@@ -78,6 +83,10 @@ def list_jobs(
     before: Annotated[
         int | None, typer.Option("--before", metavar="ID", help="Only jobs older than this one: the next page.")
     ] = None,
+    within: Annotated[
+        int,
+        typer.Option("--within", metavar="N", min=1, help="Look through so many completed jobs at most."),
+    ] = 100_000,
 ) -> None:
     """List jobs, newest first.
 
@@ -87,11 +96,14 @@ def list_jobs(
       pgqueue jobs list --status dead --queue images -o json
     """
     with opened(settings) as pgq:
-        found = pgq.list_jobs(status=status, queue=queue, task=task, before_id=before, limit=limit)
-    settings.printer().rows(
-        [job_row(job) for job in found],
+        page = pgq.page_of_jobs(status=status, queue=queue, task=task, before_id=before, limit=limit, within=within)
+    output = settings.printer()
+    output.rows(
+        [job_row(job) for job in page.jobs],
         ("id", "task", "queue", "status", "priority", "run_at", "attempt", "retries", "error"),
     )
+    if not page.complete:
+        output.note(f"looked through {within} jobs; for older ones: --before {page.before_id}")
 
 
 @command(jobs, "show")
@@ -150,11 +162,25 @@ def _for_each(settings: Settings, job_ids: Iterable[int], status: str, change: C
 
 
 @command(queues, "list")
-def list_queues(settings: Settings) -> None:
-    """Show how many jobs of each queue stand where."""
+def list_queues(settings: Settings, exact: Exact = False) -> None:
+    """Show how many jobs of each queue stand where.
+
+    Beside a long history a table shows estimates of the completed and cancelled jobs, as ~120000.
+    """
     with opened(settings) as pgq:
-        rows = [dataclasses.asdict(summary) for summary in pgq.queues()]
-    settings.printer().rows(rows, [field.name for field in dataclasses.fields(QueueSummary)])
+        rows = _queue_rows(settings, pgq.queues(exact=exact))
+    columns = [field.name for field in dataclasses.fields(QueueSummary) if field.name != "estimated"]
+    settings.printer().rows(rows, columns)
+
+
+def _queue_rows(settings: Settings, summaries: Iterable[QueueSummary]) -> list[dict[str, Any]]:
+    """For a table, estimates are marked; elsewhere the key `estimated` tells of them."""
+    rows = [dataclasses.asdict(summary) for summary in summaries]
+    if settings.printer().format is Format.TABLE:
+        for row in rows:
+            mark = "~" if row.pop("estimated") else ""
+            row.update({name: f"{mark}{row[name]}" for name in FINISHED})
+    return rows
 
 
 @command(queues, "pause")

@@ -34,6 +34,7 @@ from jobs import (
 
 from pgqueue import ConfigurationError, DuplicateJob, IllegalTransition, JobNotFound, PgQueue, operations
 from pgqueue.client import default_actor
+from pgqueue.dialect import seconds_from_now
 from pgqueue.job import JobStatus
 
 DAY = 86_400.0
@@ -635,3 +636,116 @@ def test_a_prune_that_cannot_be_is_refused(pgq: PgQueue) -> None:
             pgq.prune(older_than=0, statuses=statuses_given)
 
     assert everything(pgq) == before
+
+
+# Beside a long history -------------------------------------------------------------------------------------
+
+
+def test_a_page_of_jobs_says_where_the_next_one_goes_on(pgq: PgQueue) -> None:
+    ids = add(pgq, 5)
+
+    first = pgq.page_of_jobs(limit=3)
+    second = pgq.page_of_jobs(limit=3, before_id=first.before_id)
+
+    assert [job.id for job in first.jobs + second.jobs] == ids[::-1]
+    assert (first.before_id, second.before_id) == (ids[2], None)
+    assert first.complete
+    assert second.complete
+
+
+def test_a_page_that_looks_through_some_jobs_only_says_how_far_it_got(pgq: PgQueue) -> None:
+    ids = add(pgq, 2, queue="rare") + add(pgq, 4)
+
+    looks, before_id = [], None
+    while not looks or before_id is not None:
+        page = pgq.page_of_jobs(queue="rare", within=3, before_id=before_id)
+        before_id = page.before_id
+        looks.append(([job.id for job in page.jobs], before_id, page.complete))
+
+    assert looks == [([], ids[3], False), ([ids[1], ids[0]], ids[0], False), ([], None, True)]
+
+
+@pytest.mark.parametrize("status", ["pending", "running", "dead", "cancelled"])
+def test_jobs_that_have_an_index_are_found_however_many_finished_since(
+    pgq: PgQueue, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operations, "NEWEST_JOBS", 2)
+    old = bring_to(pgq, status)
+    add(pgq, 8, queue="newer")
+    finish(pgq, *(completed(job) for job in claim(pgq, queue="newer", limit=8)))
+
+    page = pgq.page_of_jobs(status=status, limit=2, within=1)
+
+    assert ([job.id for job in page.jobs], page.before_id, page.complete) == ([old], None, True)
+    assert pgq.list_jobs(status=status, before_id=old, limit=2) == []
+
+
+def test_pending_jobs_are_listed_newest_first_whatever_their_priority(
+    pgq: PgQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operations, "NEWEST_JOBS", 1)
+    ids = [add_one(pgq, priority=priority, delay=60 * priority) for priority in (3, 1, 2)]
+    add(pgq, 8, queue="newer")
+    finish(pgq, *(completed(job) for job in claim(pgq, queue="newer", limit=8)))
+
+    assert [job.id for job in pgq.list_jobs(status="pending", limit=2)] == ids[:0:-1]
+
+
+@pytest.mark.parametrize("within", [0, -1, True, "many"])
+def test_a_page_looks_through_one_job_at_least(pgq: PgQueue, within: Any) -> None:
+    with pytest.raises(ConfigurationError, match=f"within must be at least 1, or None, got {within!r}"):
+        pgq.page_of_jobs(within=within)
+
+
+def test_beside_a_long_history_finished_jobs_are_estimated_and_all_others_counted(
+    pg: PgQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operations, "COUNT_BLOCKS_MAX", 1)
+    add(pg, 3_000)
+    finish(pg, *(completed(job) for job in claim(pg, limit=3_000)))
+    add(pg, 7)
+    add(pg, 2, delay=60)
+    claim_one(pg)
+    dead = bring_to(pg, "dead")
+    pg.pause("mail")
+
+    summaries = {summary.queue: summary for summary in pg.queues()}
+
+    default = summaries["default"]
+    assert (default.ready, default.scheduled, default.running, default.estimated) == (6, 2, 1, True)
+    assert default.oldest_ready_seconds is not None
+    assert 1_500 < default.completed < 6_000
+    assert default.completed % 100 == 0, "an estimate that looks like a count"
+    assert summaries[pg.get_job(dead).queue].dead == 1
+    assert summaries["mail"].paused
+    assert {summary.queue: summary.completed for summary in pg.queues(exact=True)}["default"] == 3_000
+    assert not any(summary.estimated for summary in pg.queues(exact=True))
+
+
+def test_a_prune_walks_past_what_it_keeps_step_by_step(pgq: PgQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "PRUNE_WINDOW_JOBS", 2)
+    ids = add(pgq, 6)
+    finish(pgq, *(completed(job) for job in claim(pgq, limit=6)))
+    age(pgq, [ids[0], ids[3], ids[4]], seconds_ago=8 * DAY)
+    set_created_at(pgq, ids[:4], seconds_ago=9 * DAY)
+    told: list[int] = []
+
+    assert pgq.prune(older_than=DAY, pruned=told.append) == 3
+    assert told == [1, 1, 1, 0]
+
+
+def test_a_prune_ends_with_the_jobs_that_were_enqueued_since(pgq: PgQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "PRUNE_WINDOW_JOBS", 2)
+    add(pgq, 6)
+    finish(pgq, *(completed(job) for job in claim(pgq, limit=6)))
+    told: list[int] = []
+
+    assert pgq.prune(older_than=DAY, pruned=told.append) == 0
+    assert told == [0]
+
+
+def set_created_at(pgq: PgQueue, ids: list[int], *, seconds_ago: float) -> None:
+    jobs = pgq.tables.jobs
+    moment = seconds_from_now(sa.literal(-seconds_ago, sa.Float()))
+    with pgq.begin() as connection:
+        connection.execute(sa.update(jobs).where(jobs.c.id.in_(ids)).values(created_at=moment))

@@ -7,9 +7,10 @@ from datetime import UTC, datetime
 
 import pytest
 from command import Command
+from jobs import add, claim_one, completed, finish
 from support import execute
 
-from pgqueue import Discard, JobStatus, PgQueue, Worker, WorkerConfig
+from pgqueue import Discard, JobStatus, PgQueue, Worker, WorkerConfig, operations
 
 
 @pytest.fixture
@@ -228,3 +229,26 @@ def test_prune_refuses_jobs_that_have_not_ended(
 
     assert f"only completed, dead, cancelled jobs can be pruned, got '{name}'" in result.stderr
     assert len(pgq.list_jobs()) == 4
+
+
+def test_a_list_that_looked_through_some_jobs_only_says_where_to_go_on(pgqueue: Command, jobs: dict[str, int]) -> None:
+    run = pgqueue("jobs", "list", "--queue", "bad", "--within", "2", "-o", "json")
+
+    assert run.stdout.strip() == "[]"
+    assert f"looked through 2 jobs; for older ones: --before {jobs['pending']}" in run.stderr
+
+
+def test_estimates_are_marked_in_a_table_and_told_of_in_json(pg: PgQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "COUNT_BLOCKS_MAX", 0)
+    add(pg, 1)
+    finish(pg, completed(claim_one(pg)))
+    pgqueue = Command(pg.url.render_as_string(hide_password=False))
+
+    table = pgqueue("queues", "list").stdout.splitlines()
+    (document,) = pgqueue.json("queues", "list")
+
+    assert "estimated" not in table[0]
+    assert "~1" in table[-1].split()
+    assert (document["completed"], document["estimated"]) == (1, True)
+    assert [queue["estimated"] for queue in pgqueue.json("queues", "list", "--exact")] == [False]
+    assert [queue["estimated"] for queue in pgqueue.json("stats", "--exact")["queues"]] == [False]
