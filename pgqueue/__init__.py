@@ -10,7 +10,8 @@ The path of a job through the modules:
 5. `worker`: the finisher writes transitions in batches, fenced by the claim token (`store.finish`).
 6. Meanwhile the heartbeat extends leases, and the sweep takes back the jobs of dead workers.
 
-`operations` is what people do to jobs and queues: look, cancel, replay, pause, prune.
+`operations` is what people do to jobs and queues: look, cancel, replay, pause, prune. `handle` is what an enqueue
+returns: it waits for the job's end, through `results`.
 
 `schema` has the tables, `dialect` every difference between PostgreSQL and SQLite, `migration` runs Alembic, `cli`
 is the command line. Imports point downwards only; see `[tool.importlinter]` in pyproject.toml.
@@ -28,12 +29,16 @@ from pgqueue.errors import (
     DatabaseUnreachable,
     Discard,
     DuplicateJob,
+    ErrorInfo,
     IllegalTransition,
     InvalidPayload,
     InvalidTask,
+    JobCancelled,
+    JobFailed,
     JobNotFound,
     NotAwaited,
     PgqueueError,
+    ResultTimeout,
     RetryAfter,
     SchemaMissing,
     SchemaOutdated,
@@ -46,7 +51,8 @@ from pgqueue.errors import (
 from pgqueue.executor import current_job
 
 # Jobs
-from pgqueue.job import ClaimedJob, EnqueueResult, Job, JobStatus, OnConflict
+from pgqueue.handle import JobHandle
+from pgqueue.job import ClaimedJob, Job, JobStatus, OnConflict
 from pgqueue.retry import Retry
 from pgqueue.version import VERSION as __version__
 
@@ -62,17 +68,21 @@ __all__ = [
     "Discard",
     "DuplicateJob",
     "EnqueueOptions",
-    "EnqueueResult",
+    "ErrorInfo",
     "IllegalTransition",
     "InvalidPayload",
     "InvalidTask",
     "Job",
+    "JobCancelled",
+    "JobFailed",
+    "JobHandle",
     "JobNotFound",
     "JobStatus",
     "NotAwaited",
     "OnConflict",
     "PgQueue",
     "PgqueueError",
+    "ResultTimeout",
     "Retry",
     "RetryAfter",
     "SchemaMissing",

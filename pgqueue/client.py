@@ -27,12 +27,12 @@ from pgqueue.dialect import POSTGRESQL, checked_dialect, now, seconds_from_now
 from pgqueue.engine import end_if_frozen, errors_explained, make_async_engine, make_engine, parse_url, reading
 from pgqueue.errors import ClaimLost, ConfigurationError, InvalidPayload, TaskNotFound, WrongSession
 from pgqueue.executor import MESSAGE_CHARACTERS_MAX, clean, describe
+from pgqueue.handle import JobHandle, Waiting, wait, wait_async
 from pgqueue.job import (
     FINAL_STATUSES,
     ClaimedJob,
     Completed,
     Discarded,
-    EnqueueResult,
     ErrorInfo,
     EventType,
     Failed,
@@ -52,6 +52,7 @@ from pgqueue.transaction import (
     MustAwait,
     SyncTransaction,
     checked_async,
+    open_root,
     open_transaction,
     run_in_transaction,
     wake_after_commit,
@@ -215,6 +216,14 @@ class PgQueue:
         with errors_explained(self.url), reading(self.engine) as connection:
             yield connection
 
+    async def read_async(self, work: Callable[[sa.Connection], T]) -> T:
+        """Likewise, for `work` in a transaction of the asynchronous engine."""
+        with errors_explained(self.url):
+            async with self.async_engine.connect() as connection:
+                await connection.execution_options(pgqueue_only_reads=True)
+                async with connection.begin():
+                    return await connection.run_sync(work)
+
     def _run(self, work: Callable[[sa.Connection], T]) -> T:
         with self.begin() as connection:
             end_if_frozen(connection, FROZEN_SECONDS)
@@ -320,13 +329,44 @@ class PgQueue:
             known = ", ".join(sorted(self.tasks)) or "none"
             raise TaskNotFound(f"no task named {name!r} is registered; registered tasks: {known}") from None
 
-    def enqueue(
-        self, session: SyncTransaction, task: str, payload: Mapping[str, Any], /, **options: Any
-    ) -> EnqueueResult:
+    def enqueue(self, session: SyncTransaction, task: str, payload: Mapping[str, Any], /, **options: Any) -> JobHandle:
         """Enqueue by name: `task.using(**options).enqueue(session, **payload)`. Raises TaskNotFound."""
         found = self.get_task(task)
         _require_mapping(payload, task)
         return found.using(**options).enqueue(session, **payload)
+
+    # Results
+
+    def result(self, job_id: int, *, timeout: float | timedelta | None = None) -> Any:
+        """Wait until a job has ended, and return what its task returned: as `JobHandle.result`, for an id from
+        elsewhere."""
+        return wait(self, Waiting([job_id], timeout))[0]
+
+    async def result_async(self, job_id: int, *, timeout: float | timedelta | None = None) -> Any:
+        return (await wait_async(self, Waiting([job_id], timeout)))[0]
+
+    def results(
+        self,
+        job_ids: Iterable[int | JobHandle],
+        *,
+        timeout: float | timedelta | None = None,
+        return_errors: bool = False,
+    ) -> list[Any]:
+        """Wait until all these jobs have ended; their results, in the order of the ids.
+
+        All are looked at with one statement. The first that is found dead, cancelled or missing raises its error, as
+        `result` does; with `return_errors` the error takes the place of the result.
+        """
+        return wait(self, Waiting(job_ids, timeout, return_errors=return_errors))
+
+    async def results_async(
+        self,
+        job_ids: Iterable[int | JobHandle],
+        *,
+        timeout: float | timedelta | None = None,
+        return_errors: bool = False,
+    ) -> list[Any]:
+        return await wait_async(self, Waiting(job_ids, timeout, return_errors=return_errors))
 
     # Claims, for consumers that are not tasks
 
@@ -784,7 +824,7 @@ class Task(Generic[P, R]):
         task.external = self.external
         return task
 
-    def enqueue(self, session: SyncTransaction, /, *args: P.args, **payload: P.kwargs) -> EnqueueResult:
+    def enqueue(self, session: SyncTransaction, /, *args: P.args, **payload: P.kwargs) -> JobHandle:
         """Store a job in the transaction of `session` (Session, scoped_session or Connection).
 
         Raises InvalidPayload when the payload does not fit the function's parameters, WrongSession for anything
@@ -793,9 +833,7 @@ class Task(Generic[P, R]):
         target, connection = open_transaction(session, "enqueue", self.pgq._job_class)
         return self._insert(target, connection, self._new_job(args, payload))
 
-    def enqueue_async(
-        self, session: AsyncTransaction, /, *args: P.args, **payload: P.kwargs
-    ) -> Awaitable[EnqueueResult]:
+    def enqueue_async(self, session: AsyncTransaction, /, *args: P.args, **payload: P.kwargs) -> Awaitable[JobHandle]:
         """As `enqueue`, for an AsyncSession or AsyncConnection. Must be awaited: the session's commit fails if
         it was not."""
         opened = checked_async(session, "enqueue_async")
@@ -885,7 +923,7 @@ class Task(Generic[P, R]):
             metadata_json=_metadata_json(options.metadata),
         )
 
-    def _insert(self, target: Session | sa.Connection, connection: sa.Connection, job: NewJob) -> EnqueueResult:
+    def _insert(self, target: Session | sa.Connection, connection: sa.Connection, job: NewJob) -> JobHandle:
         tables = self.pgq._tables_of(connection)
         with errors_explained(connection.engine.url):
             result = store.insert_job(
@@ -893,7 +931,9 @@ class Task(Generic[P, R]):
             )
         if result.inserted or self.options.on_conflict is OnConflict.REPLACE:
             self._wake(target, connection, job.queue)
-        return result
+        # The caller's transaction, to say so when somebody asks for the job before it is committed.
+        transaction = open_root(connection) if result.inserted else None
+        return JobHandle(result.id, result.inserted, queue=self.pgq, transaction=transaction)
 
     def _insert_many(
         self,

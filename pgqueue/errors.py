@@ -5,6 +5,9 @@ PgqueueError
 ├── InvalidTask                 a function that cannot be a task (also a TypeError)
 ├── TaskNotFound                no task of that name is registered (also a LookupError)
 ├── JobNotFound                 no job has that id (also a LookupError)
+├── JobFailed                   the job whose result was waited for is dead
+├── JobCancelled                the job whose result was waited for was cancelled
+├── ResultTimeout               the job did not end in the time given (also a TimeoutError)
 ├── InvalidPayload              a payload that does not fit the task or cannot be stored (also a ValueError)
 ├── WrongSession                not a session or connection that can take the call (also a TypeError)
 ├── NotAwaited                  an asynchronous enqueue was never awaited
@@ -21,6 +24,7 @@ Cancel derive from TaskSignal.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import timedelta
 
 
@@ -42,6 +46,43 @@ class TaskNotFound(PgqueueError, LookupError):
 
 class JobNotFound(PgqueueError, LookupError):
     """No job has that id."""
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorInfo:
+    """What is stored of an exception: already cleaned and capped, so that storing it cannot fail."""
+
+    type: str
+    message: str
+    traceback: str = ""
+
+    def as_dict(self) -> dict[str, str]:
+        return {"type": self.type, "message": self.message, "traceback": self.traceback}
+
+
+class JobFailed(PgqueueError):
+    """The job whose result was waited for is dead.
+
+    job_id: its id.
+    error: type, message and traceback of its last failed attempt; None when it died without one.
+    """
+
+    def __init__(self, message: str, job_id: int = 0, error: ErrorInfo | None = None) -> None:
+        super().__init__(message)
+        self.job_id = job_id
+        self.error = error
+
+
+class JobCancelled(PgqueueError):
+    """The job whose result was waited for was cancelled. job_id: its id."""
+
+    def __init__(self, message: str, job_id: int = 0) -> None:
+        super().__init__(message)
+        self.job_id = job_id
+
+
+class ResultTimeout(PgqueueError, TimeoutError):
+    """The job did not end in the time given. It goes on."""
 
 
 class InvalidPayload(PgqueueError, ValueError):

@@ -13,6 +13,8 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
+from pgqueue.errors import ErrorInfo as ErrorInfo
+
 
 class JobStatus(StrEnum):
     """Where a job stands. Two are open, three are final."""
@@ -137,18 +139,6 @@ class NewJob:
     metadata_json: str = "{}"
 
 
-@dataclass(frozen=True, slots=True)
-class ErrorInfo:
-    """What is stored of an exception: already cleaned and capped, so that storing it cannot fail."""
-
-    type: str
-    message: str
-    traceback: str = ""
-
-    def as_dict(self) -> dict[str, str]:
-        return {"type": self.type, "message": self.message, "traceback": self.traceback}
-
-
 # How an attempt ended --------------------------------------------------------------------------------------
 
 
@@ -226,7 +216,7 @@ class Transition:
 
 @dataclass(frozen=True, slots=True)
 class EnqueueResult:
-    """What an enqueue did: the job's id, and whether this call inserted it."""
+    """What `store.insert_job` did: the job's id, and whether this call inserted it."""
 
     id: int
     inserted: bool = True  #: False: the unique key was taken, and `id` is the job that has it

@@ -71,6 +71,13 @@ def _connection_of(session: Session, job_class: type[Job] | None) -> sa.Connecti
     return session.connection(bind_arguments={} if job_class is None else {"mapper": sa.inspect(job_class)})
 
 
+def open_root(connection: sa.Connection) -> sa.RootTransaction | None:
+    """The outermost transaction of the connection; None where each statement commits by itself."""
+    in_transaction = getattr(connection.connection.driver_connection, "in_transaction", None)  # as SQLite says it
+    commits_by_itself = _commits_by_itself(connection) if in_transaction is None else not in_transaction
+    return None if commits_by_itself else connection.get_transaction()
+
+
 def checked_async(given: object, call: str) -> AsyncSession | AsyncConnection:
     if isinstance(given, async_scoped_session):
         given = given()

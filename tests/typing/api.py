@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from pgqueue import EnqueueResult, Job, PgQueue, Retry
+from pgqueue import Job, JobHandle, PgQueue, Retry
 
 pgq = PgQueue("sqlite://")
 
@@ -28,7 +28,7 @@ async def asynchronous(file: str) -> None: ...
 def transactional(session: Session, invoice_id: int) -> None: ...
 
 
-def enqueue(session: Session) -> EnqueueResult:
+def enqueue(session: Session) -> JobHandle:
     plain.enqueue(session, file="a.jpg")
     plain.enqueue(session, "a.jpg", size=800)
     plain.enqueue(session, fiel="a.jpg")  # type: ignore[call-arg]
