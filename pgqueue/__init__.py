@@ -13,11 +13,14 @@ The path of a job through the modules:
 `operations` is what people do to jobs and queues: look, cancel, replay, pause, prune. `handle` is what an enqueue
 returns: it waits for the job's end, through `results`.
 
+Where a queue or a task has limits, claims are made by `limits.claim` instead, and `admission.admit` decides.
+
 `schema` has the tables, `dialect` every difference between PostgreSQL and SQLite, `migration` runs Alembic, `cli`
 is the command line. Imports point downwards only; see `[tool.importlinter]` in pyproject.toml.
 """
 
 # The queue and its tasks
+from pgqueue.admission import Limits, PerKey, Rate
 from pgqueue.client import EnqueueOptions, PgQueue, Task
 from pgqueue.config import WorkerConfig
 
@@ -38,6 +41,7 @@ from pgqueue.errors import (
     JobNotFound,
     NotAwaited,
     PgqueueError,
+    QueueFull,
     ResultTimeout,
     RetryAfter,
     SchemaMissing,
@@ -78,10 +82,14 @@ __all__ = [
     "JobHandle",
     "JobNotFound",
     "JobStatus",
+    "Limits",
     "NotAwaited",
     "OnConflict",
+    "PerKey",
     "PgQueue",
     "PgqueueError",
+    "QueueFull",
+    "Rate",
     "ResultTimeout",
     "Retry",
     "RetryAfter",

@@ -3,16 +3,18 @@ gives low-level access to claims."""
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import getpass
 import json
 import os
 import threading
+import time
 import uuid
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, overload
 
@@ -21,13 +23,14 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session, object_session
 
-from pgqueue import operations, store
+from pgqueue import limits, operations, store
+from pgqueue.admission import Limits, OnFull, PerKey, Rate
 from pgqueue.config import DEFAULT_QUEUE, DEFAULT_SCHEMA, checked_lease, checked_schema, url_from_environment
 from pgqueue.dialect import POSTGRESQL, checked_dialect, now, seconds_from_now
 from pgqueue.engine import end_if_frozen, errors_explained, make_async_engine, make_engine, parse_url, reading
-from pgqueue.errors import ClaimLost, ConfigurationError, InvalidPayload, TaskNotFound, WrongSession
+from pgqueue.errors import ClaimLost, ConfigurationError, InvalidPayload, QueueFull, TaskNotFound, WrongSession
 from pgqueue.executor import MESSAGE_CHARACTERS_MAX, clean, describe
-from pgqueue.handle import JobHandle, Waiting, wait, wait_async
+from pgqueue.handle import DROPPED_ID, JobHandle, Waiting, wait, wait_async
 from pgqueue.job import (
     FINAL_STATUSES,
     ClaimedJob,
@@ -43,10 +46,11 @@ from pgqueue.job import (
     Outcome,
     Released,
 )
+from pgqueue.limits import LimitsRow, Scope
 from pgqueue.notifier import WakeSender
 from pgqueue.retry import DELAY_SECONDS_MAX, Retry, as_seconds, checked_max_retries, decide
 from pgqueue.schema import KEY_CHARACTERS_MAX, Tables, tables_for
-from pgqueue.task import TaskDefinition, checked_name, checked_priority, encode_json
+from pgqueue.task import LimitKeys, TaskDefinition, checked_name, checked_priority, encode_json
 from pgqueue.transaction import (
     AsyncTransaction,
     MustAwait,
@@ -54,6 +58,7 @@ from pgqueue.transaction import (
     checked_async,
     open_root,
     open_transaction,
+    pause,
     run_in_transaction,
     wake_after_commit,
 )
@@ -75,6 +80,9 @@ LIMIT_MAX = 2**31 - 1
 #: Moments outside of these are a mistake, and some could be stored but not be read again.
 RUN_AT_MIN, RUN_AT_MAX = datetime(1970, 1, 1, tzinfo=UTC), datetime(9000, 1, 1, tzinfo=UTC)
 
+#: An enqueue that waits for room looks again after so many seconds, at first and at most.
+BLOCKED_SECONDS_MIN, BLOCKED_SECONDS_MAX = 0.05, 0.5
+
 #: After so long the server ends the transaction of a claim, or of its end, in which a process froze.
 FROZEN_SECONDS = 30.0
 
@@ -95,6 +103,10 @@ class PgQueue:
     ) -> None:
         self.schema = checked_schema(schema)
         self.tasks: dict[str, Task[..., Any]] = {}
+        self._queue_limits: dict[str, Limits] = {}
+        self._block_seconds: dict[str, float] = {}
+        self._limits_declared = False
+        self._ordered_queues: set[tuple[str, str]] = set()  # URL and name of those known to keep an order
         self._lock = threading.RLock()
         self._engine: sa.Engine | None = None
         self._engine_is_own = False  # and was not given
@@ -250,6 +262,9 @@ class PgQueue:
         priority: int = 0,
         retry: Retry | None = None,
         timeout: float | timedelta | None = None,
+        concurrency: int | PerKey | None = None,
+        rate: Rate | None = None,
+        ordered_by: str | None = None,
     ) -> Callable[[Callable[Concatenate[Any, P], R]], Task[P, R]]: ...
 
     @overload
@@ -261,6 +276,9 @@ class PgQueue:
         priority: int = 0,
         retry: Retry | None = None,
         timeout: float | timedelta | None = None,
+        concurrency: int | PerKey | None = None,
+        rate: Rate | None = None,
+        ordered_by: str | None = None,
         transactional: Literal[False] = False,
     ) -> Callable[[Callable[P, R]], Task[P, R]]: ...
 
@@ -274,6 +292,9 @@ class PgQueue:
         timeout: seconds an attempt of an `async def` task may take.
         transactional: the function's first parameter is a Session (an AsyncSession for `async def`). What it
         writes, the jobs it enqueues there and its own completion commit together, once, or not at all.
+        concurrency: how many of its jobs may run at once, of all workers together; or `PerKey("tenant", 2)`.
+        rate: how many of its jobs may start in a time: `Rate(100, per="minute")`.
+        ordered_by: a parameter; jobs of a queue with the same value of it run one after another, as enqueued.
         """
         if function:
             return self._register(*function, **options)
@@ -307,7 +328,14 @@ class PgQueue:
         return task
 
     def external_task(
-        self, name: str, *, queue: str = DEFAULT_QUEUE, priority: int = 0, max_retries: int = 3
+        self,
+        name: str,
+        *,
+        queue: str = DEFAULT_QUEUE,
+        priority: int = 0,
+        max_retries: int = 3,
+        concurrency: int | None = None,
+        rate: Rate | None = None,
     ) -> Task[..., Any]:
         """Register a task that is worked on elsewhere: by consumers that use `claim`, `ack` and `nack`.
 
@@ -317,9 +345,52 @@ class PgQueue:
         def external(**payload: Any) -> None:
             raise RuntimeError(f"task {name!r} is external: it has no function to run here")
 
-        task = self._register(external, name=name, queue=queue, priority=priority, retry=Retry(max_retries=max_retries))
+        task = self._register(
+            external,
+            name=name,
+            queue=queue,
+            priority=priority,
+            retry=Retry(max_retries=max_retries),
+            concurrency=concurrency,
+            rate=rate,
+        )
         task.external = True
         return task
+
+    def queue(
+        self,
+        name: str,
+        *,
+        concurrency: int | None = None,
+        rate: Rate | None = None,
+        max_depth: int | None = None,
+        on_full: OnFull | None = None,
+        block_timeout: float | timedelta = 30.0,
+        promote_after: float | timedelta | None = None,
+    ) -> None:
+        """Declare what a queue is limited to. Workers make it known when they start; `set_limits` changes it later.
+
+        concurrency: how many of its jobs may run at once, of all workers together.
+        rate: how many of its jobs may start in a time.
+        max_depth: how many jobs may be pending, about: enqueues that do not see each other yet may pass together.
+        on_full: what an enqueue does then: "error" (the default) raises QueueFull, "block" waits up to `block_timeout`
+        seconds and then raises it, "drop" stores nothing.
+        promote_after: seconds; a job that has been due for so long goes before all others, whatever its priority.
+        """
+        checked_name("queue", name)
+        if rate is not None and not isinstance(rate, Rate):
+            raise ConfigurationError(f"rate of queue {name!r} must be a Rate(…), got {rate!r}")
+        if rate is not None and rate.key is not None:
+            raise ConfigurationError(f"rate of queue {name!r} cannot have a key; give the rate to the task")
+        self._queue_limits[name] = Limits(
+            concurrency=concurrency,
+            rate=rate.per_second if rate else None,
+            burst=rate.burst if rate else None,
+            max_depth=max_depth,
+            on_full=on_full if on_full is not None or max_depth is None else "error",
+            promote_after=None if promote_after is None else _checked_duration("promote_after", promote_after),
+        )
+        self._block_seconds[name] = _checked_duration("block_timeout", block_timeout)
 
     def get_task(self, name: str) -> Task[..., Any]:
         """The task of that name. Raises TaskNotFound, naming those there are."""
@@ -377,11 +448,15 @@ class PgQueue:
 
         First takes back claims that have expired, so that what a dead consumer held is among the result.
         """
+        if not self._limits_declared and self.declared_limits:
+            self.declare_limits()
         return self._run(lambda connection: self._claim(connection, worker, queue, limit, lease))
 
     async def claim_async(
         self, worker: str, *, queue: str = DEFAULT_QUEUE, limit: int = 1, lease: float | timedelta = 30.0
     ) -> list[ClaimedJob]:
+        if not self._limits_declared and self.declared_limits:
+            await asyncio.to_thread(self.declare_limits)
         return await self._run_async(lambda connection: self._claim(connection, worker, queue, limit, lease))
 
     def _claim(
@@ -395,15 +470,40 @@ class PgQueue:
         _checked_limit(limit)
         seconds = _checked_lease(lease)
         store.sweep(connection, self.tables, limit=SWEEP_BEFORE_CLAIM, actor=worker)
-        return store.claim(
-            connection,
-            self.tables,
-            queue=queue,
-            worker=worker,
-            token=uuid.uuid4(),
-            limit=limit,
-            lease=seconds,
-        )
+        asked: dict[str, Any] = {
+            "queue": queue,
+            "worker": worker,
+            "token": uuid.uuid4(),
+            "limit": limit,
+            "lease": seconds,
+        }
+        claimed = store.claim(connection, self.tables, **asked)
+        return claimed or limits.claim(connection, self.tables, **asked).jobs
+
+    def declare_limits(self, tasks: Iterable[str] | None = None) -> None:
+        """Make the limits known that the code declares, unless somebody changed them since. Workers do so when they
+        start, and consumers at their first `claim`.
+
+        tasks: the names of those whose limits, if the code declares none, were lifted in it; all tasks unless given.
+        """
+        declared, names = self.declared_limits, list(self.tasks if tasks is None else tasks)
+        with self.reading() as connection:
+            outdated = limits.outdated(connection, self.tables, declared, names)
+        if outdated:
+            with self.begin() as connection:
+                limits.declare(connection, self.tables, outdated)
+        self._limits_declared = True
+
+    @property
+    def declared_limits(self) -> dict[tuple[Scope, str], Limits]:
+        """The limits of queues and tasks as the code declares them."""
+        declared: dict[tuple[Scope, str], Limits] = {
+            ("queue", name): of_queue for name, of_queue in self._queue_limits.items()
+        }
+        for name, task in self.tasks.items():
+            if task.definition.limits != Limits():
+                declared["task", name] = task.definition.limits
+        return declared
 
     def ack(
         self,
@@ -633,6 +733,54 @@ class PgQueue:
             self._wake_sender({queue}, True)
         return ended
 
+    def list_limits(self) -> list[LimitsRow]:
+        """The limits of queues and tasks that are kept now."""
+        with self.reading() as connection:
+            return limits.list_limits(connection, self.tables)
+
+    def set_limits(
+        self,
+        *,
+        queue: str | None = None,
+        task: str | None = None,
+        reason: str | None = None,
+        actor: str | None = None,
+        **changes: Any,
+    ) -> Limits:
+        """Change limits of a queue or a task while workers run; what they are then.
+
+        changes: fields of `Limits`; None lifts one. What is changed here outlasts what the code declares, until
+        `reset_limits`.
+        """
+        scope, name = _limits_of_what(queue, task)
+        known = {field.name for field in fields(Limits)}
+        for field_name in changes:
+            if field_name not in known:
+                raise ConfigurationError(f"limits are {', '.join(sorted(known))}; got {field_name!r}")
+        with self.begin() as connection:
+            before = limits.get_limits(connection, self.tables, scope, name) or Limits()
+            wanted = replace(before, **changes)
+            _check_scope(scope, name, wanted)
+            limits.put_limits(
+                connection, self.tables, scope, name, wanted, declared_by=_who(actor), reason=_why(reason)
+            )
+        self._wake_all(scope, name)
+        return wanted
+
+    def reset_limits(self, *, queue: str | None = None, task: str | None = None, actor: str | None = None) -> Limits:
+        """Give a queue or a task the limits back that this code declares for it; what they are then."""
+        scope, name = _limits_of_what(queue, task)
+        wanted = self.declared_limits.get((scope, name), Limits())
+        with self.begin() as connection:
+            limits.put_limits(connection, self.tables, scope, name, wanted, declared_by=limits.CODE, reason=_who(actor))
+        self._wake_all(scope, name)
+        return wanted
+
+    def _wake_all(self, scope: Scope, name: str) -> None:
+        if self.tables.dialect_name == POSTGRESQL:
+            task = self.tasks.get(name)
+            self._wake_sender({name if scope == "queue" else task.definition.queue if task else DEFAULT_QUEUE}, True)
+
     def queues(self, *, exact: bool = False) -> list[operations.QueueSummary]:
         """How many jobs of each queue stand where.
 
@@ -728,6 +876,9 @@ class EnqueueOptions:
     unique_key: str | None = None
     on_conflict: OnConflict = OnConflict.SKIP
     metadata: Mapping[str, Any] | None = None
+    concurrency_key: str | None = None
+    ordering_key: str | None = None
+    rate_key: str | None = None
 
     def __post_init__(self) -> None:
         if self.queue is not None:
@@ -751,14 +902,19 @@ class EnqueueOptions:
                 raise ConfigurationError(
                     f"at must lie between the years {RUN_AT_MIN.year} and {RUN_AT_MAX.year}, got {self.at!r}"
                 )
-        if self.unique_key is not None and not (
-            isinstance(self.unique_key, str) and 1 <= len(self.unique_key) <= KEY_CHARACTERS_MAX
-        ):
-            raise ConfigurationError(f"unique_key must be a string of 1 to {KEY_CHARACTERS_MAX} characters")
-        if self.unique_key is not None and ("\0" in self.unique_key or not _is_unicode(self.unique_key)):
-            raise ConfigurationError("unique_key must not contain NUL characters or lone surrogates")
+        for name in ("unique_key", "concurrency_key", "ordering_key", "rate_key"):
+            _check_key(name, getattr(self, name))
         if self.on_conflict not in tuple(OnConflict):
             raise ConfigurationError(f"on_conflict must be one of {', '.join(OnConflict)}, got {self.on_conflict!r}")
+
+
+def _check_key(name: str, key: object) -> None:
+    if key is None:
+        return
+    if not isinstance(key, str) or not 1 <= len(key) <= KEY_CHARACTERS_MAX:
+        raise ConfigurationError(f"{name} must be a string of 1 to {KEY_CHARACTERS_MAX} characters")
+    if "\0" in key or not _is_unicode(key):
+        raise ConfigurationError(f"{name} must not contain NUL characters or lone surrogates")
 
 
 class Task(Generic[P, R]):
@@ -797,6 +953,9 @@ class Task(Generic[P, R]):
         unique_key: str | None = None,
         on_conflict: OnConflict | str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        concurrency_key: str | None = None,
+        ordering_key: str | None = None,
+        rate_key: str | None = None,
     ) -> Task[P, R]:
         """The same task with other settings for the jobs enqueued through it.
 
@@ -806,6 +965,9 @@ class Task(Generic[P, R]):
         does that finds one: "skip" (the default), "raise" DuplicateJob, or "replace" the pending job's payload
         and settings.
         metadata: carried with the job, for headers, trace context and tags.
+        concurrency_key, rate_key: share the task's limit per key with the other jobs that have it; instead of what
+        the task takes from the payload.
+        ordering_key: jobs of a queue with the same one run one after another, in the order of their ids.
         """
         if on_conflict is not None and on_conflict not in tuple(OnConflict):
             raise ConfigurationError(f"on_conflict must be one of {', '.join(OnConflict)}, got {on_conflict!r}")
@@ -818,6 +980,9 @@ class Task(Generic[P, R]):
             "unique_key": unique_key,
             "on_conflict": None if on_conflict is None else OnConflict(on_conflict),
             "metadata": metadata,
+            "concurrency_key": concurrency_key,
+            "ordering_key": ordering_key,
+            "rate_key": rate_key,
         }
         changes = {name: value for name, value in given.items() if value is not None}
         task: Task[P, R] = Task(self.pgq, self.definition, replace(self.options, **changes))
@@ -887,6 +1052,9 @@ class Task(Generic[P, R]):
             "max_retries": new_job.max_retries,
             "metadata": _decoded(new_job.metadata_json),
             "unique_key": new_job.unique_key,
+            "concurrency_key": new_job.concurrency_key,
+            "ordering_key": new_job.ordering_key,
+            "rate_key": new_job.rate_key,
         }
         if new_job.delay_seconds is not None:
             fields["run_at"] = seconds_from_now(sa.literal(new_job.delay_seconds, sa.Float()))
@@ -900,7 +1068,21 @@ class Task(Generic[P, R]):
         return job
 
     def _new_job(self, args: tuple[Any, ...], payload: dict[str, Any]) -> NewJob:
-        return replace(self._template(), payload_json=self.definition.encode(self.definition.bind(args, payload)))
+        payload_json = self.definition.encode(self.definition.bind(args, payload))
+        job = replace(self._template(), payload_json=payload_json)
+        return replace(job, **self._keys(payload_json)._asdict()) if self._has_keys else job
+
+    @property
+    def _has_keys(self) -> bool:
+        options = self.options
+        given = options.concurrency_key or options.ordering_key or options.rate_key
+        return given is not None or self.definition.has_keys
+
+    def _keys(self, payload_json: str) -> LimitKeys:
+        """The keys of a job with this payload: those given, otherwise what the task takes from the payload."""
+        taken = self.definition.keys_of(payload_json) if self.definition.has_keys else LimitKeys()
+        given = (self.options.concurrency_key, self.options.ordering_key, self.options.rate_key)
+        return LimitKeys(*(mine if mine is not None else its for mine, its in zip(given, taken, strict=True)))
 
     def _new_jobs(self, payloads: Iterable[Mapping[str, Any]]) -> tuple[NewJob, list[str]]:
         if self.options.unique_key is not None:
@@ -925,6 +1107,8 @@ class Task(Generic[P, R]):
 
     def _insert(self, target: Session | sa.Connection, connection: sa.Connection, job: NewJob) -> JobHandle:
         tables = self.pgq._tables_of(connection)
+        if not self._prepare(connection, tables, job.queue, 1, ordered=job.ordering_key is not None):
+            return JobHandle(DROPPED_ID, inserted=False, queue=self.pgq)
         with errors_explained(connection.engine.url):
             result = store.insert_job(
                 connection, tables, job, on_conflict=self.options.on_conflict, actor=default_actor()
@@ -943,11 +1127,45 @@ class Task(Generic[P, R]):
         encoded: Sequence[str],
     ) -> list[int]:
         tables = self.pgq._tables_of(connection)
+        keys = [self._keys(payload_json) for payload_json in encoded] if self._has_keys else None
+        ordered = keys is not None and any(of_job.ordering_key is not None for of_job in keys)
+        if not self._prepare(connection, tables, template.queue, len(encoded), ordered=ordered):
+            return []
         with errors_explained(connection.engine.url):
-            ids = store.insert_jobs(connection, tables, template, encoded)
+            ids = store.insert_jobs(connection, tables, template, encoded, keys)
         if ids:
             self._wake(target, connection, template.queue)
         return ids
+
+    def _prepare(self, connection: sa.Connection, tables: Tables, queue: str, count: int, *, ordered: bool) -> bool:
+        """Before jobs are stored: whether there is room for them, and that their order will be kept."""
+        pgq = self.pgq
+        if ordered:
+            known = (str(connection.engine.url), queue)
+            if known not in pgq._ordered_queues and limits.note_ordered(connection, tables, queue):
+                pgq._ordered_queues.add(known)
+        declared = pgq._queue_limits.get(queue)
+        if declared is None or declared.max_depth is None:
+            return True
+        deadline = time.monotonic() + pgq._block_seconds[queue]
+        wait = BLOCKED_SECONDS_MIN
+        while True:
+            kept = limits.get_limits(connection, tables, "queue", queue) or declared
+            if kept.max_depth is None:
+                return True
+            depth = limits.depth(connection, tables, queue, at_most=kept.max_depth + 1)
+            if depth + count <= kept.max_depth:
+                return True
+            if kept.on_full == "drop":
+                return False
+            left = deadline - time.monotonic()
+            if kept.on_full != "block" or left <= 0 or count > kept.max_depth:
+                raise QueueFull(
+                    f"queue {queue!r} is full: {depth} jobs are pending, {count} more would be over its max_depth of "
+                    f"{kept.max_depth}" + (" (waited as long as block_timeout allows)" if left <= 0 else "")
+                )
+            pause(connection, min(wait, left))
+            wait = min(wait * 2, BLOCKED_SECONDS_MAX)
 
     @property
     def _is_due_at_once(self) -> bool:
@@ -1033,6 +1251,22 @@ def _checked_duration(name: str, duration: object) -> float:
         return as_seconds(duration)
     except OverflowError:
         return float("inf")
+
+
+def _limits_of_what(queue: str | None, task: str | None) -> tuple[Scope, str]:
+    if (queue is None) == (task is None):
+        raise ConfigurationError("name either a queue or a task whose limits are meant")
+    return ("queue", checked_name("queue", queue)) if queue is not None else ("task", checked_name("task", task))
+
+
+def _check_scope(scope: Scope, name: str, wanted: Limits) -> None:
+    of_queues = ("max_depth", "on_full", "promote_after")
+    foreign = ("key_concurrency",) if scope == "queue" else of_queues
+    for field_name in foreign:
+        if getattr(wanted, field_name) is not None:
+            raise ConfigurationError(
+                f"{field_name} is a limit of {'tasks' if scope == 'queue' else 'queues'}, and {name!r} is a {scope}"
+            )
 
 
 def _who(actor: str | None) -> str:

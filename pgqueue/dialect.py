@@ -273,6 +273,11 @@ def documents(dialect_name: str, parameter: str) -> tuple[sa.FromClause, sa.Colu
     return each, sa.type_coerce(each.c.value, JSONDocument), each.c.key
 
 
+def first_position(dialect_name: str) -> int:
+    """What `documents` counts from."""
+    return 1 if dialect_name == POSTGRESQL else 0
+
+
 # Statements ------------------------------------------------------------------------------------------------
 
 

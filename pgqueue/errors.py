@@ -97,6 +97,10 @@ class NotAwaited(PgqueueError):
     """A coroutine of pgqueue was created but never awaited, so nothing was enqueued."""
 
 
+class QueueFull(PgqueueError):
+    """The queue has as many pending jobs as it may have."""
+
+
 class DuplicateJob(PgqueueError):
     """The unique key belongs to a job that is not finished."""
 

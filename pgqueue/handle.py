@@ -26,6 +26,9 @@ LOOK_SECONDS_MIN, LOOK_SECONDS_FACTOR, LOOK_SECONDS_MAX = 0.01, 1.5, 1.0
 #: How long a job may be missing, when nothing is known of the transaction that enqueues it.
 MISSING_SECONDS = 1.0
 
+#: Of a job that was not stored because its queue was full.
+DROPPED_ID = 0
+
 #: The largest id that a job can have.
 ID_MAX = 2**63 - 1
 
@@ -50,7 +53,8 @@ class JobHandle:
     `inserted`.
 
     id: of the job.
-    inserted: False when the unique key was taken; then `id` is the job that has it.
+    inserted: False when the unique key was taken; then `id` is the job that has it. Or when the queue was full and
+    drops what does not fit; then `id` is 0, which no job has.
     """
 
     __slots__ = ("_queue", "_transaction", "id", "inserted")

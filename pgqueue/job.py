@@ -137,6 +137,9 @@ class NewJob:
     run_at: datetime | None = None  #: aware; at most one of delay_seconds and run_at
     unique_key: str | None = None
     metadata_json: str = "{}"
+    concurrency_key: str | None = None
+    ordering_key: str | None = None
+    rate_key: str | None = None
 
 
 # How an attempt ended --------------------------------------------------------------------------------------
@@ -196,6 +199,7 @@ class EventType(StrEnum):
     DELETE = "delete"
     PAUSE = "pause"  #: of a queue
     RESUME = "resume"  #: of a queue
+    LIMIT = "limit"  #: limits of a queue or a task were changed
 
 
 @dataclass(slots=True)  # likewise

@@ -22,10 +22,12 @@ from __future__ import annotations
 import json
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import sqlalchemy as sa
 
@@ -43,9 +45,9 @@ from pgqueue.admission import (
     admit,
 )
 from pgqueue.dialect import TextArray, id_among, id_in, now, seconds_since, text_in
-from pgqueue.job import FINAL_STATUSES, ClaimedJob
+from pgqueue.job import FINAL_STATUSES, ClaimedJob, EventType
 from pgqueue.schema import Tables
-from pgqueue.store import IDS, RUNNING
+from pgqueue.store import IDS, PENDING, RUNNING
 
 #: How many due jobs a claim looks at beyond those it wants, because some may have to wait.
 LOOK_AHEAD = 32
@@ -254,24 +256,38 @@ def _find_freed(tables: Tables) -> sa.Update:
             slot=sa.case((of_slot, sa.null()), else_=jobs.c.slot),
             leads_order=sa.and_(jobs.c.leads_order, sa.not_(sa.and_(final, jobs.c.queue == queue))),
         )
-        .returning(jobs.c.queue, jobs.c.task, jobs.c.concurrency_key, jobs.c.ordering_key)
+        .returning(jobs.c.id, jobs.c.queue, jobs.c.task, jobs.c.concurrency_key, jobs.c.ordering_key)
     )
 
 
-def _offer(connection: sa.Connection, tables: Tables, freed: Iterable[Any], queue: str) -> None:
+def _offer(connection: sa.Connection, tables: Tables, freed: Sequence[Any], queue: str) -> None:
     """Offer what these jobs leave: their slots, and their turns where they are of this queue."""
     slots: Counter[tuple[str, str]] = Counter()
-    turns: set[str] = set()
+    led: dict[str, list[int]] = {}
     for row in freed:
         slots[row.task, WAITS_FOR_TASK] += 1
         if row.concurrency_key is not None:
             slots[row.task, WAITS_FOR_KEY + row.concurrency_key] += 1
         if row.ordering_key is not None and row.queue == queue:
-            turns.add(row.ordering_key)
+            led.setdefault(row.ordering_key, []).append(row.id)
     _offer_slots(connection, tables, slots)
-    if turns:
-        document = json.dumps([{"key": key} for key in sorted(turns)])
-        connection.execute(_offer_turns(tables), {"of_queue": queue, "turns": document})
+    if led:
+        leaders = _leaders_of(connection, tables, queue, led)
+        leading = set(connection.execute(_lead(tables), {"ids": sorted(leaders.values())}).scalars())
+        # Somebody has locked the next one: find these jobs again in the next claim.
+        again = [job_id for key, leader in leaders.items() if leader not in leading for job_id in led[key]]
+        if again:
+            jobs = tables.jobs
+            connection.execute(
+                sa.update(jobs).where(id_among(jobs.c.id, IDS)).values(leads_order=sa.true()), {"ids": again}
+            )
+
+
+def _leaders_of(connection: sa.Connection, tables: Tables, queue: str, keys: Iterable[str]) -> dict[str, int]:
+    """Of each ordering key: its first job that is not final, if there is one."""
+    document = json.dumps([{"key": key} for key in sorted(keys)])
+    found = connection.execute(_leaders(tables), {"of_queue": queue, "turns": document})
+    return {row.key: row.id for row in found if row.id is not None}
 
 
 def _offer_slots(
@@ -309,46 +325,18 @@ def _offer_waiting(tables: Tables) -> sa.Update:
     )
 
 
-@cache
-def _offer_turns(tables: Tables) -> sa.Update:
-    """The first open job of each ordering key waits no more, and leads its key."""
-    jobs = tables.jobs
-    first = _first_open(tables, "turns", sa.bindparam("of_queue", type_=sa.Text()))
-    return (
-        sa.update(jobs)
-        .where(id_in(jobs.c.id, sa.select(first.c.id).where(first.c.id.is_not(None)).scalar_subquery()))
-        .values(
-            waits_for=sa.case((jobs.c.waits_for == WAITS_FOR_ORDER, sa.null()), else_=jobs.c.waits_for),
-            leads_order=sa.true(),
-        )
-    )
-
-
-def _first_open(tables: Tables, parameter: str, queue: sa.BindParameter[str]) -> sa.Subquery:
-    """For each ordering key of the parameter, its first job that is not final."""
-    jobs = tables.jobs
-    keys = dialect.rows(tables.dialect_name, parameter, sa.column("key", sa.Text))
-    first = (
-        sa.select(jobs.c.id)
-        .where(
-            jobs.c.queue == queue,
-            jobs.c.ordering_key == keys.c.key,
-            jobs.c.ordering_key.is_not(None),
-            sa.text("status IN ('pending', 'running')"),
-        )
-        .order_by(jobs.c.id)
-        .limit(1)
-        .correlate(keys)
-        .scalar_subquery()
-    )
-    return sa.select(keys.c.key, first.label("id")).subquery("leaders")
-
-
 def _let_go(connection: sa.Connection, tables: Tables, gates: _Gates) -> None:
     """Where limits of a task were lifted: let jobs go that waited for them."""
     for task in gates.releasing:
-        released = connection.execute(_release(tables), {"task": task, "limit": FREED_JOBS_MAX}).rowcount
-        if released < FREED_JOBS_MAX:
+        kept = gates.tasks[task]
+        lifted = {
+            "of_task": task,
+            "no_task": kept.concurrency is None,
+            "no_key": kept.key_concurrency is None,
+            "no_rate": kept.rate is None,
+            "limit": FREED_JOBS_MAX,
+        }
+        if connection.execute(_release(tables), lifted).rowcount < FREED_JOBS_MAX:
             limits = tables.limits
             connection.execute(
                 sa.update(limits).where(limits.c.scope == TASK, limits.c.name == task).values(releasing=sa.false())
@@ -358,12 +346,20 @@ def _let_go(connection: sa.Connection, tables: Tables, gates: _Gates) -> None:
 @cache
 def _release(tables: Tables) -> sa.Update:
     jobs = tables.jobs
+
+    def lifted(parameter: str, condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+        return sa.and_(sa.bindparam(parameter, type_=sa.Boolean()), condition)
+
     waiting = (
         sa.select(jobs.c.id)
         .where(
-            jobs.c.task == sa.bindparam("task", type_=sa.Text()),
+            jobs.c.task == sa.bindparam("of_task", type_=sa.Text()),
             jobs.c.waits_for.is_not(None),
-            jobs.c.waits_for != WAITS_FOR_ORDER,
+            sa.or_(
+                lifted("no_task", jobs.c.waits_for == WAITS_FOR_TASK),
+                lifted("no_key", jobs.c.waits_for.like(f"{WAITS_FOR_KEY}%")),
+                lifted("no_rate", jobs.c.waits_for.like(f"{WAITS_FOR_RATE}%")),
+            ),
         )
         .order_by(jobs.c.waits_for, jobs.c.priority.desc(), jobs.c.run_at, jobs.c.id)
         .limit(sa.bindparam("limit", type_=sa.Integer()))
@@ -596,12 +592,8 @@ def _in_use(connection: sa.Connection, tables: Tables, gates: _Gates, candidates
         wanted: set[Bucket] = {("task", job.task, job.rate_key or "") for job in candidates}
         wanted.add(("queue", gates.queue_name, ""))
         tokens = _tokens_of(connection, tables, sorted(bucket for bucket in wanted if bucket[:2] in rates), rates)
-    ordering_keys = sorted({job.ordering_key for job in candidates if job.ordering_key is not None})
-    leaders: dict[str, int] = {}
-    if ordering_keys:
-        document = json.dumps([{"key": key} for key in ordering_keys])
-        found = connection.execute(_leaders(tables), {"of_queue": gates.queue_name, "turns": document})
-        leaders = {row.key: row.id for row in found if row.id is not None}
+    ordering_keys = {job.ordering_key for job in candidates if job.ordering_key is not None}
+    leaders = _leaders_of(connection, tables, gates.queue_name, ordering_keys) if ordering_keys else {}
     return InUse(of_queue, of_tasks, of_keys, tokens, leaders)
 
 
@@ -636,7 +628,22 @@ def _count_slots(tables: Tables, of_queue: bool) -> Any:
 
 @cache
 def _leaders(tables: Tables) -> sa.Select[Any]:
-    return sa.select(_first_open(tables, "turns", sa.bindparam("of_queue", type_=sa.Text())))
+    jobs = tables.jobs
+    keys = dialect.rows(tables.dialect_name, "turns", sa.column("key", sa.Text))
+    first = (
+        sa.select(jobs.c.id)
+        .where(
+            jobs.c.queue == sa.bindparam("of_queue", type_=sa.Text()),
+            jobs.c.ordering_key == keys.c.key,
+            jobs.c.ordering_key.is_not(None),
+            sa.text("status IN ('pending', 'running')"),
+        )
+        .order_by(jobs.c.id)
+        .limit(1)
+        .correlate(keys)
+        .scalar_subquery()
+    )
+    return sa.select(keys.c.key, first.label("id"))
 
 
 def _take(
@@ -710,3 +717,220 @@ def _wait(tables: Tables) -> sa.Update:
     jobs = tables.jobs
     waits = dialect.rows(tables.dialect_name, "waits", sa.column("id", sa.BigInteger), sa.column("waits_for", sa.Text))
     return sa.update(jobs).where(jobs.c.id == waits.c.id).values(waits_for=waits.c.waits_for)
+
+
+# Settings --------------------------------------------------------------------------------------------------
+
+#: Of the jobs that wait for a limit that was raised, so many keys are let go at once; the others as slots come free.
+RAISED_KEYS_MAX = 10_000
+
+Scope = Literal["queue", "task"]
+
+#: Who set limits that the application's code declares.
+CODE = "code"
+
+
+@dataclass(frozen=True, slots=True)
+class LimitsRow:
+    """The limits of a queue or a task as they are kept."""
+
+    scope: Scope
+    name: str
+    limits: Limits
+    declared_by: str  #: "code", or who changed it since
+    updated_at: datetime
+
+
+def list_limits(connection: sa.Connection, tables: Tables) -> list[LimitsRow]:
+    """All limits there are, of queues and then of tasks, by name."""
+    rows = connection.execute(sa.select(tables.limits).order_by(tables.limits.c.scope, tables.limits.c.name))
+    listed = [LimitsRow(row.scope, row.name, _limits_of(row), row.declared_by, row.updated_at) for row in rows]
+    return [row for row in listed if row.limits != Limits() or row.declared_by != CODE]
+
+
+def get_limits(connection: sa.Connection, tables: Tables, scope: Scope, name: str) -> Limits | None:
+    limits = tables.limits
+    row = connection.execute(sa.select(limits).where(limits.c.scope == scope, limits.c.name == name)).one_or_none()
+    return None if row is None else _limits_of(row)
+
+
+def _limits_of(row: sa.Row[Any]) -> Limits:
+    return Limits(**{name: getattr(row, name) for name in _COLUMNS})
+
+
+def put_limits(
+    connection: sa.Connection,
+    tables: Tables,
+    scope: Scope,
+    name: str,
+    wanted: Limits,
+    *,
+    declared_by: str,
+    reason: str | None = None,
+) -> bool:
+    """Set the limits of a queue or a task from now on, for every worker; False when they were so already.
+
+    Jobs that are running count from now on, too. What workers are claiming at this very moment may still pass.
+    """
+    limits = tables.limits
+    row = connection.execute(
+        sa.select(limits).where(limits.c.scope == scope, limits.c.name == name).with_for_update()
+    ).one_or_none()
+    before = Limits() if row is None else _limits_of(row)
+    values = {column: getattr(wanted, column) for column in _COLUMNS}
+    changed = {"declared_by": declared_by, "updated_at": now(), "releasing": scope == "task"}
+    put = dialect.insert(tables.dialect_name, limits).values(scope=scope, name=name, **values, **changed)
+    connection.execute(
+        put.on_conflict_do_update(index_elements=[limits.c.scope, limits.c.name], set_={**values, **changed})
+    )
+    if before == wanted:
+        return False
+    if wanted.holds_slots:
+        _count_running(connection, tables, scope, name)
+    if scope == "task":
+        _raise(connection, tables, name, before, wanted)
+    if wanted.rate != before.rate:
+        buckets = tables.rate_buckets
+        connection.execute(
+            sa.update(buckets)
+            .where(buckets.c.scope == scope, buckets.c.name == name, buckets.c.ripe_at > now())
+            .values(ripe_at=now())
+        )
+    store.record(
+        connection,
+        tables,
+        [
+            {
+                "queue": name if scope == "queue" else "*",
+                "task": name if scope == "task" else None,
+                "event": EventType.LIMIT,
+                "actor": declared_by,
+                "reason": f"{describe(wanted)}{f': {reason}' if reason else ''}",
+            }
+        ],
+    )
+    return True
+
+
+def describe(limits: Limits) -> str:
+    """The limits in words, such as ``concurrency 4, rate 2/s``."""
+    parts = [
+        f"{column.replace('_', ' ')} {getattr(limits, column):g}{'/s' if column == 'rate' else ''}"
+        for column in _COLUMNS
+        if column != "on_full" and getattr(limits, column) is not None
+    ]
+    return ", ".join(parts) or "no limits"
+
+
+def _count_running(connection: sa.Connection, tables: Tables, scope: Scope, name: str) -> None:
+    """Let jobs that run already hold a slot."""
+    jobs = tables.jobs
+    running = (
+        sa.select(jobs.c.id)
+        .where(jobs.c.status == RUNNING, (jobs.c.queue if scope == "queue" else jobs.c.task) == name)
+        .order_by(jobs.c.id)
+        .with_for_update()
+    )
+    connection.execute(
+        sa.update(jobs).where(id_in(jobs.c.id, running.scalar_subquery()), jobs.c.status == RUNNING).values(slot=HELD)
+    )
+
+
+def _raise(connection: sa.Connection, tables: Tables, task: str, before: Limits, wanted: Limits) -> None:
+    """Where a limit grew, offer the new slots to jobs that wait for one."""
+    slots: dict[tuple[str, str], int] = {}
+    more = _growth(before.concurrency, wanted.concurrency)
+    if more:
+        slots[task, WAITS_FOR_TASK] = more
+    more = _growth(before.key_concurrency, wanted.key_concurrency)
+    if more:
+        jobs = tables.jobs
+        waiting = (
+            sa.select(jobs.c.waits_for)
+            .where(jobs.c.task == task, jobs.c.waits_for.is_not(None), jobs.c.waits_for.like(f"{WAITS_FOR_KEY}%"))
+            .distinct()
+            .limit(RAISED_KEYS_MAX)
+        )
+        slots |= {(task, what): more for what in connection.execute(waiting).scalars()}
+    if slots:
+        _offer_slots(connection, tables, slots)
+
+
+def _growth(before: int | None, after: int | None) -> int:
+    """How many slots more there are; what is no limit any more is let go by claims."""
+    return 0 if before is None or after is None else max(0, min(after - before, FREED_JOBS_MAX))
+
+
+def outdated(
+    connection: sa.Connection,
+    tables: Tables,
+    declared: Mapping[tuple[Scope, str], Limits],
+    tasks: Iterable[str],
+) -> dict[tuple[Scope, str], Limits]:
+    """Of the limits that the code declares: those that are not known yet, and were not changed by somebody since;
+    for those of `tasks` that lost theirs: none."""
+    known = {(row.scope, row.name): row for row in connection.execute(sa.select(tables.limits))}
+    wanted = dict(declared)
+    for task in tasks:
+        if ("task", task) in known:
+            wanted.setdefault(("task", task), Limits())
+
+    def is_outdated(key: tuple[Scope, str]) -> bool:
+        row = known.get(key)
+        return row is None or (row.declared_by == CODE and _limits_of(row) != wanted[key])
+
+    return {key: wanted[key] for key in sorted(wanted) if is_outdated(key)}
+
+
+def declare(connection: sa.Connection, tables: Tables, limits: Mapping[tuple[Scope, str], Limits]) -> None:
+    """Make known what the code declares."""
+    for (scope, name), wanted in limits.items():
+        put_limits(connection, tables, scope, name, wanted, declared_by=CODE)
+
+
+def note_ordered(connection: sa.Connection, tables: Tables, queue: str) -> bool:
+    """Make claims from the queue keep the order of ordering keys, once the transaction commits, and for ever; True
+    when they do so already."""
+    limits = tables.limits
+    of_queue = sa.and_(limits.c.scope == QUEUE, limits.c.name == queue)
+    ordered = connection.execute(sa.select(limits.c.ordered).where(of_queue)).scalar_one_or_none()
+    if ordered is None:
+        put = dialect.insert(tables.dialect_name, limits).values(scope="queue", name=queue, ordered=sa.true())
+        connection.execute(put.on_conflict_do_nothing())
+    if not ordered:
+        connection.execute(sa.update(limits).where(of_queue, sa.not_(limits.c.ordered)).values(ordered=sa.true()))
+    return bool(ordered)
+
+
+def depth(connection: sa.Connection, tables: Tables, queue: str, *, at_most: int) -> int:
+    """How many jobs of the queue are pending; it stops counting at `at_most`."""
+    jobs = tables.jobs
+    of_queue = [jobs.c.queue == queue, jobs.c.status == PENDING]
+    counted = 0
+    for waits in (jobs.c.waits_for.is_(None), jobs.c.waits_for.is_not(None)):
+        some = sa.select(sa.literal_column("1").label("one")).where(*of_queue, waits).limit(at_most).subquery()
+        counted += connection.execute(sa.select(sa.func.count()).select_from(some)).scalar_one()
+    return min(counted, at_most)
+
+
+# Jobs that are deleted, or get other keys ------------------------------------------------------------------
+
+
+@contextmanager
+def passing_on(connection: sa.Connection, tables: Tables, job_id: int) -> Iterator[None]:
+    """Within this a job may be deleted, or get other keys: what it held, was offered, or led goes on to the next.
+
+    Takes the locks that claims under the job's limits take, and before that of the job's row.
+    """
+    jobs = tables.jobs
+    of_job = sa.select(jobs.c.id, jobs.c.queue, jobs.c.task, jobs.c.concurrency_key, jobs.c.ordering_key).where(
+        jobs.c.id == job_id
+    )
+    seen = connection.execute(of_job).one_or_none()
+    if seen is None or _lock(connection, tables, seen.queue, [seen.task]) is None:
+        yield
+        return
+    before = connection.execute(of_job.with_for_update()).one_or_none()
+    yield
+    if before is not None:
+        _offer(connection, tables, [before], before.queue)

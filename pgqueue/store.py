@@ -46,6 +46,9 @@ COMPLETED: sa.ColumnClause[str] = sa.literal_column("'completed'")
 DEAD: sa.ColumnClause[str] = sa.literal_column("'dead'")
 CANCELLED: sa.ColumnClause[str] = sa.literal_column("'cancelled'")
 
+#: The columns by which jobs share limits.
+LIMIT_KEYS = ("concurrency_key", "ordering_key", "rate_key")
+
 #: For `id_among`.
 IDS = sa.bindparam("ids", type_=IdArray())
 
@@ -108,7 +111,7 @@ def insert_job(
 
 def _try_to_insert(connection: sa.Connection, tables: Tables, job: NewJob) -> int | None:
     """The id of the new job; None when its unique key is taken."""
-    shape = (tables, job.delay_seconds is not None, job.run_at is not None, job.unique_key is not None)
+    shape = (tables, job.delay_seconds is not None, job.run_at is not None, job.unique_key is not None, _has_keys(job))
     parameters = _job_parameters(job)
     if connection.dialect.driver == "psycopg":
         # The one statement of the package that runs once a job: as text it takes half the client's time.
@@ -118,14 +121,28 @@ def _try_to_insert(connection: sa.Connection, tables: Tables, job: NewJob) -> in
     return inserted.scalar_one_or_none()
 
 
-def insert_jobs(connection: sa.Connection, tables: Tables, template: NewJob, payloads_json: Sequence[str]) -> list[int]:
-    """Store a job like `template` for each payload; their ids, in the payloads' order."""
-    insert = _insert_jobs(tables, template.delay_seconds is not None, template.run_at is not None)
+def insert_jobs(
+    connection: sa.Connection,
+    tables: Tables,
+    template: NewJob,
+    payloads_json: Sequence[str],
+    keys: Sequence[Sequence[str | None]] | None = None,
+) -> list[int]:
+    """Store a job like `template` for each payload; their ids, in the payloads' order.
+
+    keys: for each of them its concurrency_key, ordering_key and rate_key, when they have any.
+    """
+    insert = _insert_jobs(tables, template.delay_seconds is not None, template.run_at is not None, keys is not None)
     parameters = _job_parameters(template)
     del parameters["payload"]
     ids: list[int] = []
     for chunk in _chunks(payloads_json):
-        ids.extend(connection.execute(insert, {**parameters, "payloads": f"[{','.join(chunk)}]"}).scalars())
+        parameters["payloads"] = f"[{','.join(chunk)}]"
+        if keys is not None:
+            of_chunk = keys[len(ids) : len(ids) + len(chunk)]
+            rows = [dict(zip(("n", *LIMIT_KEYS), (n, *of_job), strict=True)) for n, of_job in enumerate(of_chunk)]
+            parameters["keys"] = json.dumps(rows)
+        ids.extend(connection.execute(insert, parameters).scalars())
     return ids
 
 
@@ -157,7 +174,13 @@ def _job_parameters(job: NewJob) -> dict[str, Any]:
         parameters["run_at"] = job.run_at
     if job.unique_key is not None:
         parameters["unique_key"] = job.unique_key
+    if _has_keys(job):
+        parameters |= {name: getattr(job, name) for name in LIMIT_KEYS}
     return parameters
+
+
+def _has_keys(job: NewJob) -> bool:
+    return job.concurrency_key is not None or job.ordering_key is not None or job.rate_key is not None
 
 
 def _run_at(has_delay: bool, has_run_at: bool) -> Any:
@@ -169,7 +192,7 @@ def _run_at(has_delay: bool, has_run_at: bool) -> Any:
 
 
 @cache
-def _insert_job(tables: Tables, has_delay: bool, has_run_at: bool, has_key: bool) -> Any:
+def _insert_job(tables: Tables, has_delay: bool, has_run_at: bool, has_unique_key: bool, has_keys: bool) -> Any:
     jobs = tables.jobs
     values = {
         "task": sa.bindparam("task", type_=sa.Text()),
@@ -181,7 +204,9 @@ def _insert_job(tables: Tables, has_delay: bool, has_run_at: bool, has_key: bool
         "run_at": _run_at(has_delay, has_run_at),
     }
     statement = dialect.insert(tables.dialect_name, jobs)
-    if has_key:
+    if has_keys:
+        values |= {name: sa.bindparam(name, type_=sa.Text()) for name in LIMIT_KEYS}
+    if has_unique_key:
         values["unique_key"] = sa.bindparam("unique_key", type_=sa.Text())
         statement = statement.on_conflict_do_nothing(
             index_elements=[jobs.c.task, jobs.c.unique_key], index_where=sa.text(OPEN_WITH_KEY)
@@ -190,14 +215,15 @@ def _insert_job(tables: Tables, has_delay: bool, has_run_at: bool, has_key: bool
 
 
 @cache
-def _insert_job_text(tables: Tables, has_delay: bool, has_run_at: bool, has_key: bool) -> str:
+def _insert_job_text(tables: Tables, has_delay: bool, has_run_at: bool, has_unique_key: bool, has_keys: bool) -> str:
     """The same INSERT as psycopg takes it."""
     dialect_of_psycopg: sa.Dialect = psycopg.dialect()  # type: ignore[no-untyped-call]
-    return str(_insert_job(tables, has_delay, has_run_at, has_key).compile(dialect=dialect_of_psycopg))
+    insert = _insert_job(tables, has_delay, has_run_at, has_unique_key, has_keys)
+    return str(insert.compile(dialect=dialect_of_psycopg))
 
 
 @cache
-def _insert_jobs(tables: Tables, has_delay: bool, has_run_at: bool) -> sa.Insert:
+def _insert_jobs(tables: Tables, has_delay: bool, has_run_at: bool, has_keys: bool) -> sa.Insert:
     jobs = tables.jobs
     payloads, payload, position = dialect.documents(tables.dialect_name, "payloads")
     columns = {
@@ -209,7 +235,13 @@ def _insert_jobs(tables: Tables, has_delay: bool, has_run_at: bool) -> sa.Insert
         "metadata": json_of(sa.bindparam("metadata", type_=sa.Text())),
         "run_at": _run_at(has_delay, has_run_at),
     }
-    select = sa.select(*(value.label(name) for name, value in columns.items())).select_from(payloads)
+    source = payloads
+    if has_keys:
+        texts = [sa.column(name, sa.Text) for name in LIMIT_KEYS]
+        keys = dialect.rows(tables.dialect_name, "keys", sa.column("n", sa.Integer), *texts)
+        source = payloads.join(keys, keys.c.n == position - dialect.first_position(tables.dialect_name))
+        columns |= {name: keys.c[name] for name in LIMIT_KEYS}
+    select = sa.select(*(value.label(name) for name, value in columns.items())).select_from(source)
     return sa.insert(jobs).from_select(list(columns), select.order_by(position)).returning(jobs.c.id)
 
 

@@ -6,6 +6,7 @@ where it is made, and when it is run, because rows also come from SQL and from o
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import math
@@ -13,12 +14,13 @@ import re
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NotRequired, Required
+from typing import Any, NamedTuple, NotRequired, Required
 
 import pydantic
 import pydantic_core
 from typing_extensions import TypedDict
 
+from pgqueue.admission import Limits, PerKey, Rate, checked_limit
 from pgqueue.errors import ConfigurationError, InvalidPayload, InvalidTask
 from pgqueue.retry import Retry
 
@@ -30,6 +32,9 @@ DIGITS_MAX = 4300
 
 #: With no more brackets than this, no text is nested too deeply to be read back.
 NESTING_SAFE = 150
+
+#: A key that is longer is replaced by its hash.
+LIMIT_KEY_CHARACTERS_MAX = 200
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:\-]{0,127}")
 
@@ -54,6 +59,9 @@ class TaskDefinition:
     retry: Retry = field(default_factory=Retry)
     timeout: float | None = None  #: seconds an attempt may take; None: as long as it likes
     transactional: bool = False  #: the function's first parameter is a Session that commits its own completion
+    concurrency: int | PerKey | None = None  #: jobs running at once, of all workers together, or of each key
+    rate: Rate | None = None  #: jobs started in a time
+    ordered_by: str | None = None  #: a parameter; jobs with the same value of it run one after another
     payload_adapter: pydantic.TypeAdapter[Any] = field(init=False)
     parameters: tuple[str, ...] = field(init=False)  #: names of the payload's keys, in the function's order
     is_async: bool = field(init=False)
@@ -77,6 +85,63 @@ class TaskDefinition:
         adapter, parameters = _read_signature(self)
         object.__setattr__(self, "payload_adapter", adapter)
         object.__setattr__(self, "parameters", parameters)
+        self._check_limits()
+
+    def _check_limits(self) -> None:
+        if isinstance(self.concurrency, PerKey):
+            self._require_parameter("concurrency=PerKey(…)", self.concurrency.field)
+        elif self.concurrency is not None:
+            checked_limit(f"concurrency of task {self.name!r}", self.concurrency)
+        if self.rate is not None:
+            if not isinstance(self.rate, Rate):
+                raise ConfigurationError(f"rate of task {self.name!r} must be a Rate(…), got {self.rate!r}")
+            if self.rate.key is not None:
+                self._require_parameter("rate=Rate(…, key=…)", self.rate.key)
+        if self.ordered_by is not None:
+            self._require_parameter("ordered_by", self.ordered_by)
+
+    def _require_parameter(self, option: str, name: object) -> None:
+        if name not in self.parameters:
+            raise ConfigurationError(
+                f"{option} of task {self.name!r} names the parameter {name!r}, which its function does not have; "
+                f"it has {', '.join(self.parameters) or 'none'}"
+            )
+
+    @property
+    def limits(self) -> Limits:
+        """What the task is limited to, as it is declared."""
+        per_key = self.concurrency if isinstance(self.concurrency, PerKey) else None
+        return Limits(
+            concurrency=per_key.total if per_key else self.concurrency,  # type: ignore[arg-type]  # no PerKey here
+            key_concurrency=per_key.limit if per_key else None,
+            rate=self.rate.per_second if self.rate else None,
+            burst=self.rate.burst if self.rate else None,
+        )
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether its jobs have keys that come from the payload."""
+        return isinstance(self.concurrency, PerKey) or self.ordered_by is not None or bool(self.rate and self.rate.key)
+
+    def keys_of(self, payload_json: str) -> LimitKeys:
+        """The keys of a job with this payload."""
+        payload = json.loads(payload_json)
+
+        def key(field: str | None) -> str | None:
+            if field is None:
+                return None
+            value = payload[field] if field in payload else self._default_of(field)
+            return limit_key(value)
+
+        return LimitKeys(
+            key(self.concurrency.field if isinstance(self.concurrency, PerKey) else None),
+            key(self.ordered_by),
+            key(self.rate.key if self.rate else None),
+        )
+
+    def _default_of(self, field: str) -> Any:
+        default = inspect.signature(self.function).parameters[field].default
+        return pydantic_core.to_jsonable_python(default, fallback=str)
 
     def bind(self, arguments: tuple[Any, ...], payload: dict[str, Any]) -> dict[str, Any]:
         """The payload with arguments that were given by position under their names. Raises InvalidPayload."""
@@ -119,6 +184,24 @@ class TaskDefinition:
         except pydantic.ValidationError as error:
             raise InvalidPayload(f"payload of task {self.name!r} does not fit: {_problems(error)}") from None
         return arguments
+
+
+class LimitKeys(NamedTuple):
+    """What a job shares limits with others by; None: nothing."""
+
+    concurrency_key: str | None = None
+    ordering_key: str | None = None
+    rate_key: str | None = None
+
+
+def limit_key(value: object) -> str:
+    """A value of a payload as a key: a string as it is, anything else as JSON; a long one by its SHA-256."""
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, separators=(",", ":"))
+    if not text:
+        return '""'
+    if len(text) > LIMIT_KEY_CHARACTERS_MAX:
+        return f"sha256:{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}"
+    return text
 
 
 def checked_priority(priority: object) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import time
 import warnings
 import weakref
 from collections.abc import Awaitable, Callable, Generator
@@ -12,6 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, SessionTransaction, scoped_session
+from sqlalchemy.util import await_only
 
 from pgqueue.errors import NotAwaited, WrongSession
 from pgqueue.job import Job
@@ -65,6 +68,14 @@ async def run_in_transaction(
     if isinstance(given, AsyncSession):
         return await given.run_sync(lambda session: work(session, _connection_of(session, job_class)))
     return await given.run_sync(lambda connection: work(connection, connection))
+
+
+def pause(connection: sa.Connection, seconds: float) -> None:
+    """Wait within a transaction; an asynchronous one's event loop goes on meanwhile."""
+    if connection.dialect.is_async:
+        await_only(asyncio.sleep(seconds))
+    else:
+        time.sleep(seconds)
 
 
 def _connection_of(session: Session, job_class: type[Job] | None) -> sa.Connection:

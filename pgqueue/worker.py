@@ -294,6 +294,7 @@ class Worker:
             warning = migration.require_current(connection, self.pgq.schema)
         if warning:
             logger.warning("%s", warning)
+        self.pgq.declare_limits(self._task_names)
 
     def _shut_down(self) -> None:
         """Stop claiming, keep the leases alive, wait for running jobs, give back the rest, write it all down."""
