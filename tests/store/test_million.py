@@ -1,0 +1,201 @@
+"""Beside a million jobs, nearly all of them finished: which index every statement goes by, and how much it reads.
+
+With statistics that were made when the table was empty, and with fresh ones. A new table is in the first of these
+states for its first minutes, whatever was put into it.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pgserver
+import pytest
+import sqlalchemy as sa
+from store.test_statements import HELD, HOLD, HOT, INDEXES, analyze, indexes_in, nodes, plans_of, recorded
+from support import execute, scalar
+
+from pgqueue import PgQueue, operations, store
+from pgqueue.job import NewJob
+
+JOBS = 1_000_000
+
+#: Of the last 1 in 200 jobs most are open: 2,500 due, 1,500 scheduled, 1,000 dead or cancelled.
+FINISHED = JOBS - JOBS // 200
+
+COLUMNS = "task, payload, queue, priority, status, run_at, created_at, attempt, claimed_by, claimed_at, finished_at"
+
+HISTORY = f"""
+    INSERT INTO pgqueue.jobs ({COLUMNS})
+    SELECT 'work', '{{}}', CASE WHEN n % 10 = 0 THEN 'mail' ELSE 'default' END, n % 3, 'completed',
+           at, at, 1, 'w', at, at
+      FROM generate_series(1, :count) AS n,
+           LATERAL (SELECT now() - interval '1 day' - interval '1 s' * (:count - n)) AS t(at)
+"""
+
+PRESENT = f"""
+    INSERT INTO pgqueue.jobs ({COLUMNS})
+    SELECT 'work', '{{}}', CASE WHEN n % 10 = 0 THEN 'mail' ELSE 'default' END, n % 3, status,
+           now() + CASE WHEN n % 10 IN (5, 6, 7) THEN interval '1 week' ELSE interval '-1 minute' END, now(), 0,
+           NULL, NULL, CASE WHEN status IN ('dead', 'cancelled') THEN now() END
+      FROM generate_series(1, :count) AS n,
+           LATERAL (SELECT CASE n % 10 WHEN 8 THEN 'dead' WHEN 9 THEN 'cancelled' ELSE 'pending' END) AS s(status)
+"""
+
+
+@pytest.fixture(scope="module")
+def million(pg_server: pgserver.Server) -> Iterator[PgQueue]:
+    """A queue with the million, analyzed when it was empty."""
+    url = pg_server.url(database="million")
+    admin = sa.create_engine(pg_server.url(database="postgres"), isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(sa.text("CREATE DATABASE million TEMPLATE migrated"))
+    pgq = PgQueue(url)
+    execute(pgq.engine, "ALTER TABLE pgqueue.jobs SET (autovacuum_enabled = off)")
+    analyze(pgq)
+    execute(pgq.engine, HISTORY, count=FINISHED)
+    execute(pgq.engine, PRESENT, count=JOBS - FINISHED)
+    execute(pgq.engine, HOLD, first=HELD[0], last=HELD[-1])
+    with pgq.begin() as connection:
+        store.insert_job(connection, pgq.tables, NewJob("work", "{}", unique_key="taken"))
+    yield pgq
+    pgq.dispose()
+    with admin.connect() as connection:
+        connection.execute(sa.text("DROP DATABASE million WITH (FORCE)"))
+    admin.dispose()
+
+
+@pytest.fixture(scope="module", params=["made when it was empty", "fresh"])
+def pgq(request: pytest.FixtureRequest, million: PgQueue) -> PgQueue:
+    """The same with both kinds of statistics."""
+    if request.param == "fresh":
+        analyze(million)
+    return million
+
+
+#: Blocks of 8 kB that a statement may read and write for 100 claims, 200 extensions and so on. The table has 20,000.
+BLOCKS = 6_000
+
+
+def test_every_hot_statement_goes_by_its_index_and_reads_what_it_needs(pgq: PgQueue) -> None:
+    plans = {name: plans_of(pgq, name) for name in HOT}
+
+    assert {name: [indexes_in(plan) for plan in found] for name, found in plans.items()} == INDEXES
+    assert {name for name, found in plans.items() if reads_jobs_in_sequence(found)} == set()
+    assert {name: blocks(found) for name, found in plans.items() if blocks(found) > BLOCKS} == {}
+
+
+@pytest.mark.parametrize("name", HOT)
+def test_a_plan_for_any_parameters_goes_by_the_same_index(pgq: PgQueue, name: str) -> None:
+    """Nothing is prepared, but a pooler or a driver may do so, and then the plan is made once for all parameters."""
+    if scalar(pgq.engine, "SELECT current_setting('server_version_num')::int") < 160_000:
+        pytest.skip("EXPLAIN (GENERIC_PLAN) came with PostgreSQL 16")
+    with pgq.engine.connect() as connection, recorded(pgq.engine) as sent:
+        HOT[name](connection, pgq, [(job_id, uuid.uuid4()) for job_id in HELD])
+        connection.rollback()
+
+    plans = [generic_plan(pgq, statement) for statement, _ in sent]
+
+    assert [indexes_in(plan) for plan in plans] == INDEXES[name]
+    assert not reads_jobs_in_sequence(plans)
+
+
+def generic_plan(pgq: PgQueue, statement: str) -> dict[str, Any]:
+    names: dict[str, str] = {}
+
+    def number(match: re.Match[str]) -> str:
+        return names.setdefault(match[1], f"${len(names) + 1}")
+
+    numbered = re.sub(r"%\((\w+)\)s", number, statement).replace("%%", "%")
+    with pgq.engine.connect() as connection:
+        # Without parameters of its own psycopg sends the text as it is.
+        found = connection.connection.driver_connection.execute(f"EXPLAIN (GENERIC_PLAN, FORMAT JSON) {numbered}")  # type: ignore[union-attr]
+        plan: dict[str, Any] = found.fetchone()[0][0]["Plan"]
+        return plan
+
+
+#: What people look at, and how many blocks it may read.
+VIEWS: dict[str, tuple[Callable[[PgQueue], Any], int]] = {
+    "queues": (lambda pgq: pgq.queues(), 2_000),  # 4,000 open jobs, and a sample of the others
+    "the newest jobs": (lambda pgq: pgq.list_jobs(), 30),
+    "the next page": (lambda pgq: pgq.list_jobs(before_id=JOBS // 2), 30),
+    "pending jobs": (lambda pgq: pgq.list_jobs(status="pending"), 30),
+    "pending jobs of a queue without any": (lambda pgq: pgq.list_jobs(status="pending", queue="none"), 200),
+    "pending jobs before all that are": (lambda pgq: pgq.list_jobs(status="pending", before_id=JOBS // 2), 200),
+    "running jobs": (lambda pgq: pgq.list_jobs(status="running"), 200),
+    "dead jobs": (lambda pgq: pgq.list_jobs(status="dead"), 30),
+    "dead jobs of a task without any": (lambda pgq: pgq.list_jobs(status="dead", task="none"), 250),
+    "cancelled jobs": (lambda pgq: pgq.list_jobs(status="cancelled"), 30),
+    "cancelled jobs before all that are": (lambda pgq: pgq.list_jobs(status="cancelled", before_id=JOBS // 2), 30),
+    "completed jobs": (lambda pgq: pgq.list_jobs(status="completed", before_id=JOBS // 2), 30),
+    "completed jobs of a task without any": (
+        lambda pgq: pgq.page_of_jobs(status="completed", task="none", within=10_000),
+        1_000,
+    ),
+    "one job": (lambda pgq: pgq.get_job(JOBS // 2), 10),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_what_people_look_at_reads_no_history(pgq: PgQueue, name: str) -> None:
+    look, blocks_max = VIEWS[name]
+
+    with recorded(pgq.engine) as sent:
+        look(pgq)
+
+    assert sent
+    plans = [explained(pgq, statement, parameters) for statement, parameters in sent]
+    assert not reads_jobs_in_sequence(plans)
+    assert blocks(plans) <= blocks_max
+
+
+@pytest.mark.parametrize("after_id", [0, JOBS // 2])
+def test_a_step_of_a_prune_reads_what_it_passes_and_deletes(pgq: PgQueue, after_id: int) -> None:
+    with pgq.engine.connect() as connection, recorded(pgq.engine) as sent:
+        count, _ = operations.prune(connection, pgq.tables, older_than=0, after_id=after_id, limit=500)
+        connection.rollback()
+
+    assert count == 500
+    plans = [explained(pgq, statement, parameters) for statement, parameters in sent]
+    assert not reads_jobs_in_sequence(plans)
+    assert blocks(plans) <= 5_000
+
+
+def test_a_prune_of_nothing_reads_one_step(pgq: PgQueue) -> None:
+    with recorded(pgq.engine) as sent:
+        assert pgq.prune(older_than=10 * 365 * 86_400) == 0
+
+    assert blocks([explained(pgq, statement, parameters) for statement, parameters in sent]) <= 200
+
+
+def test_an_estimate_is_near(pgq: PgQueue) -> None:
+    counted = {
+        queue: scalar(
+            pgq.engine, "SELECT count(*) FROM pgqueue.jobs WHERE status = 'completed' AND queue = :queue", queue=queue
+        )
+        for queue in ("default", "mail")
+    }
+
+    estimated = {summary.queue: summary.completed for summary in pgq.queues()}
+
+    assert {queue: round(estimated[queue] / count, 1) for queue, count in counted.items()} == {
+        queue: pytest.approx(1, abs=0.35) for queue in counted
+    }
+
+
+def explained(pgq: PgQueue, statement: str, parameters: Any) -> dict[str, Any]:
+    with pgq.engine.connect() as connection:
+        (found,) = connection.exec_driver_sql(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}", parameters).one()
+        connection.rollback()
+    plan: dict[str, Any] = found[0]["Plan"]
+    return plan
+
+
+def blocks(plans: list[dict[str, Any]]) -> int:
+    return sum(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] for plan in plans)
+
+
+def reads_jobs_in_sequence(plans: list[dict[str, Any]]) -> bool:
+    return ("Seq Scan", "jobs") in {(node["Node Type"], node.get("Relation Name")) for node in nodes(plans)}
