@@ -23,7 +23,7 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session, object_session
 
-from pgqueue import limits, operations, store
+from pgqueue import limits, operations, retention, store
 from pgqueue.admission import Limits, OnFull, PerKey, Rate
 from pgqueue.config import DEFAULT_QUEUE, DEFAULT_SCHEMA, checked_lease, checked_schema, url_from_environment
 from pgqueue.dialect import POSTGRESQL, checked_dialect, now, seconds_from_now
@@ -265,6 +265,8 @@ class PgQueue:
         concurrency: int | PerKey | None = None,
         rate: Rate | None = None,
         ordered_by: str | None = None,
+        keep_completed: float | timedelta | None = None,
+        keep_dead: float | timedelta | None = None,
     ) -> Callable[[Callable[Concatenate[Any, P], R]], Task[P, R]]: ...
 
     @overload
@@ -279,6 +281,8 @@ class PgQueue:
         concurrency: int | PerKey | None = None,
         rate: Rate | None = None,
         ordered_by: str | None = None,
+        keep_completed: float | timedelta | None = None,
+        keep_dead: float | timedelta | None = None,
         transactional: Literal[False] = False,
     ) -> Callable[[Callable[P, R]], Task[P, R]]: ...
 
@@ -290,6 +294,8 @@ class PgQueue:
         queue, priority: where its jobs go, unless `using(…)` says otherwise.
         retry: what happens after a failed attempt; a `Retry`.
         timeout: seconds an attempt of an `async def` task may take.
+        keep_completed, keep_dead: how long (seconds or a timedelta) its ended jobs are kept; None: until somebody
+        prunes. With keep_completed=0 a completed job is deleted instead of being marked as completed.
         transactional: the function's first parameter is a Session (an AsyncSession for `async def`). What it
         writes, the jobs it enqueues there and its own completion commit together, once, or not at all.
         concurrency: how many of its jobs may run at once, of all workers together; or `PerKey("tenant", 2)`.
@@ -307,6 +313,8 @@ class PgQueue:
         name: str | None = None,
         retry: Retry | None = None,
         timeout: float | timedelta | None = None,
+        keep_completed: float | timedelta | None = None,
+        keep_dead: float | timedelta | None = None,
         **options: Any,
     ) -> Task[..., Any]:
         definition = TaskDefinition(
@@ -314,6 +322,8 @@ class PgQueue:
             function=function,
             retry=retry if retry is not None else Retry(),
             timeout=None if timeout is None else as_seconds(timeout),
+            keep_completed=None if keep_completed is None else _checked_time("keep_completed", keep_completed),
+            keep_dead=None if keep_dead is None else _checked_time("keep_dead", keep_dead),
             **options,
         )
         known = self.tasks.get(definition.name)
@@ -336,6 +346,8 @@ class PgQueue:
         max_retries: int = 3,
         concurrency: int | None = None,
         rate: Rate | None = None,
+        keep_completed: float | timedelta | None = None,
+        keep_dead: float | timedelta | None = None,
     ) -> Task[..., Any]:
         """Register a task that is worked on elsewhere: by consumers that use `claim`, `ack` and `nack`.
 
@@ -353,6 +365,8 @@ class PgQueue:
             retry=Retry(max_retries=max_retries),
             concurrency=concurrency,
             rate=rate,
+            keep_completed=keep_completed,
+            keep_dead=keep_dead,
         )
         task.external = True
         return task
@@ -618,9 +632,12 @@ class PgQueue:
             transition = decide(job, outcome(job), _DEFAULT_RETRY, random=1.0)
             if delay is not None and transition.event is EventType.RETRY:
                 transition = replace(transition, delay_seconds=_checked_delay(delay))
+            known = self.tasks.get(job.task)
+            if known is not None:
+                transition.keep_seconds = known.definition.keep_seconds(transition.status)
             transitions.append(transition)
         actor = jobs[0].claimed_by if jobs else ""
-        return store.finish(connection, self._tables_of(connection), transitions, actor=actor)
+        return retention.finish(connection, self._tables_of(connection), transitions, actor=actor)
 
     def _tables_of(self, connection: sa.Connection) -> Tables:
         return tables_for(checked_dialect(connection.dialect.name), self.schema)
@@ -1237,9 +1254,13 @@ def _checked_lease(lease: float | timedelta) -> float:
 
 
 def _checked_delay(delay: float | timedelta) -> float:
-    seconds = _checked_duration("delay", delay)
+    return _checked_time("delay", delay)
+
+
+def _checked_time(name: str, duration: float | timedelta) -> float:
+    seconds = _checked_duration(name, duration)
     if not 0 <= seconds <= DELAY_SECONDS_MAX:
-        raise ConfigurationError(f"delay must be between 0 and {DELAY_SECONDS_MAX:.0f} seconds, got {delay!r}")
+        raise ConfigurationError(f"{name} must be between 0 and {DELAY_SECONDS_MAX:.0f} seconds, got {duration!r}")
     return seconds
 
 

@@ -216,6 +216,7 @@ class Transition:
     result_json: str | None = None
     error: ErrorInfo | None = None
     reason: str | None = None
+    keep_seconds: float | None = None  #: the job is deleted so long after its end; None: kept until somebody prunes
 
 
 @dataclass(frozen=True, slots=True)

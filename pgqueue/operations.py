@@ -175,7 +175,14 @@ def replay_job(connection: sa.Connection, tables: Tables, job_id: int, *, actor:
                 to_status=JobStatus.PENDING,
                 actor=actor,
                 reason=reason,
-                values={"retries": 0, "finished_at": sa.null(), "run_at": now()},
+                values={
+                    "retries": 0,
+                    "finished_at": sa.null(),
+                    "run_at": now(),
+                    "expires_at": sa.null(),
+                    "prune_at": sa.null(),
+                    "progress": sa.null(),
+                },
             )
     except sa.exc.IntegrityError:
         raise DuplicateJob(

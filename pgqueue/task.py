@@ -22,6 +22,7 @@ from typing_extensions import TypedDict
 
 from pgqueue.admission import Limits, PerKey, Rate, checked_limit
 from pgqueue.errors import ConfigurationError, InvalidPayload, InvalidTask
+from pgqueue.job import JobStatus
 from pgqueue.retry import Retry
 
 #: A payload is a request, not a document store: larger ones slow every claim of their queue.
@@ -58,6 +59,8 @@ class TaskDefinition:
     priority: int = 0
     retry: Retry = field(default_factory=Retry)
     timeout: float | None = None  #: seconds an attempt may take; None: as long as it likes
+    keep_completed: float | None = None  #: seconds until a completed job is deleted; None: kept
+    keep_dead: float | None = None  #: likewise a dead one
     transactional: bool = False  #: the function's first parameter is a Session that commits its own completion
     concurrency: int | PerKey | None = None  #: jobs running at once, of all workers together, or of each key
     rate: Rate | None = None  #: jobs started in a time
@@ -142,6 +145,17 @@ class TaskDefinition:
     def _default_of(self, field: str) -> Any:
         default = inspect.signature(self.function).parameters[field].default
         return pydantic_core.to_jsonable_python(default, fallback=str)
+
+    @property
+    def retains(self) -> bool:
+        """Whether its ended jobs have a time to be deleted."""
+        return self.keep_completed is not None or self.keep_dead is not None
+
+    def keep_seconds(self, status: JobStatus) -> float | None:
+        """How long a job that ended so is kept; None: until somebody prunes."""
+        if status is JobStatus.COMPLETED:
+            return self.keep_completed
+        return self.keep_dead if status is JobStatus.DEAD else None
 
     def bind(self, arguments: tuple[Any, ...], payload: dict[str, Any]) -> dict[str, Any]:
         """The payload with arguments that were given by position under their names. Raises InvalidPayload."""

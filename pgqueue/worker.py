@@ -32,7 +32,7 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
-from pgqueue import limits, migration, store
+from pgqueue import limits, migration, retention, store
 from pgqueue.client import PgQueue
 from pgqueue.config import WorkerConfig
 from pgqueue.dialect import POSTGRESQL
@@ -166,6 +166,8 @@ class Worker:
         self.report = WorkerReport()
         self._definitions = {name: task.definition for name, task in pgq.tasks.items() if not task.external}
         self._task_names = sorted(self._definitions)
+        self._retains = any(definition.retains for definition in self._definitions.values())
+        self._keep_dead = {d.name: d.keep_dead for d in self._definitions.values() if d.keep_dead is not None}
         if not self._definitions:
             raise ConfigurationError("this worker knows no tasks; register some with @pgq.task before it starts")
         self._lock = threading.Lock()  # guards changes of the holds, and the report
@@ -673,7 +675,7 @@ class Worker:
         """Complete the job in the task's own transaction; False when its claim was lost."""
         end_if_frozen(connection, self.config.lease)  # from here to the commit the job's row is locked
         transition = decide(job, outcome, definition.retry, random=0.0)
-        return bool(store.finish(connection, self.pgq.tables, [transition], actor=self.id))
+        return bool(self._finish_in(connection, [self._retained(transition, job)]))
 
     # Finishing
 
@@ -705,6 +707,8 @@ class Worker:
             return
         policy = self._definitions[job.task].retry
         transition = decide(job, outcome, policy, random.random())  # noqa: S311 — jitter
+        if self._retains:
+            self._retained(transition, job)
         if transition.event in (EventType.RETRY, EventType.DEAD):
             logger.log(
                 logging.WARNING if transition.event is EventType.RETRY else logging.ERROR,
@@ -742,7 +746,7 @@ class Worker:
         if refused and tried_before:
             # The first try may have been committed although its answer was lost.
             with connection.begin():
-                written |= store.already_written(connection, self.pgq.tables, refused, actor=self.id)
+                written |= retention.already_written(connection, self.pgq.tables, refused, actor=self.id)
         self._settle(batch, written)
         self._unwritten = []
         return 0.0
@@ -751,8 +755,10 @@ class Worker:
         try:
             # Each completion stands for itself; an event has to be written together with its job.
             alone = all(transition.event is None for transition in batch)
+            if self._retains and any(transition.attempt > 1 for transition in batch):
+                alone = False  # a job may be deleted, with its events
             with committing_each(connection) if alone else connection.begin():
-                return store.finish(connection, self.pgq.tables, batch, actor=self.id)
+                return self._finish_in(connection, batch)
         except Exception as error:
             if not is_refusal(error):
                 raise
@@ -769,7 +775,7 @@ class Worker:
         transition = batch[index]
         try:
             with connection.begin():
-                return store.finish(connection, self.pgq.tables, [transition], actor=self.id)
+                return self._finish_in(connection, [transition])
         except Exception as error:
             if not is_refusal(error):
                 raise
@@ -787,7 +793,15 @@ class Worker:
             reason="the attempt's result or error could not be stored",
         )
         with connection.begin():
-            return store.finish(connection, self.pgq.tables, [plain], actor=self.id)
+            return self._finish_in(connection, [plain])
+
+    def _retained(self, transition: Transition, job: ClaimedJob) -> Transition:
+        transition.keep_seconds = self._definitions[job.task].keep_seconds(transition.status)
+        return transition
+
+    def _finish_in(self, connection: sa.Connection, transitions: Sequence[Transition]) -> set[int]:
+        finish = retention.finish if self._retains else store.finish
+        return finish(connection, self.pgq.tables, transitions, actor=self.id)
 
     def _settle(self, transitions: Sequence[Transition], written: set[int]) -> None:
         """Let go of jobs whose end was written or refused."""
@@ -877,6 +891,7 @@ class Worker:
             if time.monotonic() > sure_until:  # it was frozen on the way to the database
                 transaction.rollback()
                 return self.config.heartbeat_seconds
+            retention.keep_dead_of_tasks(connection, self.pgq.tables, swept.dead, self._keep_dead)
             store.forget_silent_workers(connection, self.pgq.tables, seconds=SILENT_WORKER_SECONDS)
         if swept.count:
             with self._lock:
@@ -889,7 +904,11 @@ class Worker:
                 len(swept.dead),
             )
             self._woken(None)
-        return 0.0 if swept.count == SWEEP_JOBS_MAX else self.config.sweep_interval
+        with connection.begin():
+            pruned = retention.prune_due(connection, self.pgq.tables)
+        if swept.count == SWEEP_JOBS_MAX or pruned == retention.PRUNE_JOBS_MAX:
+            return 0.0
+        return self.config.sweep_interval
 
     async def _dispose_async_engine(self) -> None:
         if self._async_engine is not None:

@@ -128,6 +128,13 @@ def _move(
         connection.execute(sa.update(jobs).where(chosen).values({column: moment}))
 
 
+def put(pgq: PgQueue, ids: Iterable[int], **values: Any) -> None:
+    """Set columns of these jobs, as plain SQL would."""
+    jobs = pgq.tables.jobs
+    with pgq.begin() as connection:
+        connection.execute(sa.update(jobs).where(jobs.c.id.in_(list(ids))).values(values))
+
+
 def row(pgq: PgQueue, job_id: int) -> Any:
     """The whole row of a job."""
     with pgq.begin() as connection:

@@ -1,0 +1,192 @@
+"""How long ended jobs stay: the ends of jobs whose task says so, and the deletion of those whose time has come.
+
+As in `store`: a function takes the connection first, works in the transaction it finds there, and never commits.
+
+A completed job costs nothing extra: the statement that completes it says when it is to be deleted, or deletes it. That
+one stays a moment longer if others may wait for it (`limits`): it is deleted once they were let go.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import pydantic_core
+import sqlalchemy as sa
+
+from pgqueue import dialect, store
+from pgqueue.dialect import id_among, json_of, now, seconds_from_now
+from pgqueue.job import FINAL_STATUSES, JobStatus, Transition
+from pgqueue.schema import Tables
+from pgqueue.store import COMPLETED, DEAD, IDS
+
+#: The most jobs deleted in one transaction.
+PRUNE_JOBS_MAX = 1_000
+
+FINAL: sa.ColumnClause[str] = sa.literal_column("(" + ", ".join(f"'{status}'" for status in FINAL_STATUSES) + ")")
+
+
+def finish(connection: sa.Connection, tables: Tables, transitions: Sequence[Transition], *, actor: str) -> set[int]:
+    """As `store.finish`, for transitions of which some have `keep_seconds`."""
+    plain = [t for t in transitions if t.keep_seconds is None]
+    doomed = [t for t in transitions if t.keep_seconds == 0 and t.status is JobStatus.COMPLETED]
+    kept = [t for t in transitions if t.keep_seconds and t.status is JobStatus.COMPLETED]
+    dying = [t for t in transitions if t.keep_seconds is not None and t.status is not JobStatus.COMPLETED]
+    written: set[int] = set()
+    if doomed:
+        gone = _delete(connection, tables, doomed)
+        written.update(job_id for job_id, _ in gone)
+        kept += [t for t in doomed if (t.job_id, t.claim_token) not in gone]
+    if kept:
+        written |= _complete(connection, tables, kept)
+    if plain or dying:
+        # In their order: of two ends of one job the first has lost its claim.
+        left = [t for t in transitions if t.keep_seconds is None or t.status is not JobStatus.COMPLETED]
+        finished = store.finish(connection, tables, left, actor=actor)
+        keep_dead(connection, tables, {t.job_id: t.keep_seconds or 0.0 for t in dying if t.job_id in finished})
+        written |= finished
+    return written
+
+
+def already_written(
+    connection: sa.Connection, tables: Tables, transitions: Sequence[Transition], *, actor: str
+) -> set[int]:
+    """As `store.already_written`: a job that was to be deleted, and is gone, stands as it should."""
+    doomed = {t.job_id for t in transitions if t.keep_seconds == 0 and t.status is JobStatus.COMPLETED}
+    written = store.already_written(connection, tables, transitions, actor=actor)
+    if doomed:
+        jobs = tables.jobs
+        there = connection.execute(sa.select(jobs.c.id).where(id_among(jobs.c.id, IDS)), {"ids": sorted(doomed)})
+        written |= doomed.difference(there.scalars())
+    return written
+
+
+def _delete(connection: sa.Connection, tables: Tables, transitions: Sequence[Transition]) -> set[store.Claim]:
+    """Delete completed jobs, with their events; the claims whose jobs are gone."""
+    by_claim: dict[uuid.UUID, list[int]] = {}
+    for transition in transitions:
+        by_claim.setdefault(transition.claim_token, []).append(transition.job_id)
+    with_events = {transition.job_id for transition in transitions if transition.attempt > 1}
+    gone: set[store.Claim] = set()
+    for token, ids in by_claim.items():
+        for job_id, keyed in connection.execute(_delete_alike(tables), {"ids": sorted(ids), "token": token}):
+            gone.add((job_id, token))
+            if keyed:  # it may have replaced an earlier one
+                with_events.add(job_id)
+    with_events &= {job_id for job_id, _ in gone}
+    if with_events:
+        connection.execute(_delete_events(tables), {"ids": sorted(with_events)})
+    return gone
+
+
+@cache
+def _delete_alike(tables: Tables) -> Any:
+    jobs = tables.jobs
+    return (
+        sa.delete(jobs)
+        .where(
+            id_among(jobs.c.id, IDS),
+            jobs.c.claim_token == sa.bindparam("token", type_=sa.Uuid()),
+            _nobody_waits_for(jobs),
+        )
+        .returning(jobs.c.id, jobs.c.unique_key.is_not(None))
+    )
+
+
+@cache
+def _delete_events(tables: Tables) -> sa.Delete:
+    return sa.delete(tables.job_events).where(id_among(tables.job_events.c.job_id, IDS))
+
+
+def _nobody_waits_for(jobs: sa.Table) -> sa.ColumnElement[bool]:
+    """The end of the job need not be seen by a claim under limits."""
+    return sa.and_(jobs.c.slot.is_(None), sa.not_(jobs.c.leads_order))
+
+
+def _complete(connection: sa.Connection, tables: Tables, transitions: Sequence[Transition]) -> set[int]:
+    """Complete jobs, and say when each is to be deleted."""
+    ordered = sorted(transitions, key=lambda transition: transition.job_id)
+    rows = [
+        {"id": t.job_id, "token": t.claim_token.hex, "keep": t.keep_seconds, "result": t.result_json} for t in ordered
+    ]
+    document = pydantic_core.to_json(rows).decode()
+    return set(connection.execute(_complete_keeping(tables), {"finished": document}).scalars())
+
+
+@cache
+def _complete_keeping(tables: Tables) -> sa.Update:
+    jobs = tables.jobs
+    finished = dialect.rows(
+        tables.dialect_name,
+        "finished",
+        sa.column("id", sa.BigInteger),
+        sa.column("token", sa.Uuid),
+        sa.column("keep", sa.Double),
+        sa.column("result", sa.Text),
+    )
+    return (
+        sa.update(jobs)
+        .where(jobs.c.id == finished.c.id, jobs.c.claim_token == finished.c.token)
+        .values(
+            status=COMPLETED,
+            claim_token=sa.null(),
+            claim_expires_at=sa.null(),
+            finished_at=now(),
+            result=json_of(finished.c.result),
+            prune_at=seconds_from_now(finished.c.keep),
+        )
+        .returning(jobs.c.id)
+    )
+
+
+def keep_dead(connection: sa.Connection, tables: Tables, seconds: Mapping[int, float]) -> None:
+    """Say when dead jobs are to be deleted: so many seconds from now, by id. Others stay as they are."""
+    by_seconds: dict[float, list[int]] = {}
+    for job_id, keep in seconds.items():
+        by_seconds.setdefault(keep, []).append(job_id)
+    for keep, ids in by_seconds.items():
+        connection.execute(_keep_dead(tables, False), {"ids": sorted(ids), "keep": keep})
+
+
+def keep_dead_of_tasks(
+    connection: sa.Connection, tables: Tables, ids: Collection[int], seconds: Mapping[str, float]
+) -> None:
+    """Likewise for those of the jobs that belong to these tasks: seconds by task."""
+    for task, keep in seconds.items() if ids else ():
+        connection.execute(_keep_dead(tables, True), {"ids": sorted(ids), "keep": keep, "of_task": task})
+
+
+@cache
+def _keep_dead(tables: Tables, of_task: bool) -> sa.Update:
+    jobs = tables.jobs
+    conditions = [jobs.c.task == sa.bindparam("of_task", type_=sa.Text())] if of_task else []
+    return (
+        sa.update(jobs)
+        .where(id_among(jobs.c.id, IDS), jobs.c.status == DEAD, *conditions)
+        .values(prune_at=seconds_from_now(sa.bindparam("keep", type_=sa.Double())))
+    )
+
+
+def prune_due(connection: sa.Connection, tables: Tables, *, limit: int = PRUNE_JOBS_MAX) -> int:
+    """Delete up to `limit` ended jobs whose time has come, with their events; how many. Skips what others have
+    locked."""
+    ids = sorted(connection.execute(_due_to_prune(tables), {"limit": limit}).scalars())
+    if ids:
+        connection.execute(_delete_events(tables), {"ids": ids})
+        connection.execute(sa.delete(tables.jobs).where(id_among(tables.jobs.c.id, IDS)), {"ids": ids})
+    return len(ids)
+
+
+@cache
+def _due_to_prune(tables: Tables) -> sa.Select[Any]:
+    jobs = tables.jobs
+    return (
+        sa.select(jobs.c.id)
+        # The status, because a job that plain SQL put back to pending must not be lost.
+        .where(jobs.c.prune_at <= now(), jobs.c.status.op("IN")(FINAL), _nobody_waits_for(jobs))
+        .order_by(jobs.c.prune_at)
+        .limit(sa.bindparam("limit", type_=sa.Integer()))
+        .with_for_update(skip_locked=True)
+    )
