@@ -23,6 +23,7 @@ is the command line. Imports point downwards only; see `[tool.importlinter]` in 
 from pgqueue.admission import Limits, PerKey, Rate
 from pgqueue.client import EnqueueOptions, PgQueue, Task
 from pgqueue.config import WorkerConfig
+from pgqueue.cron import Catchup, Schedule
 
 # Errors
 from pgqueue.errors import (
@@ -44,6 +45,7 @@ from pgqueue.errors import (
     QueueFull,
     ResultTimeout,
     RetryAfter,
+    ScheduleNotFound,
     SchemaMissing,
     SchemaOutdated,
     Snooze,
@@ -65,6 +67,7 @@ from pgqueue.worker import Worker, WorkerReport
 
 __all__ = [
     "Cancel",
+    "Catchup",
     "ClaimLost",
     "ClaimedJob",
     "ConfigurationError",
@@ -93,6 +96,8 @@ __all__ = [
     "ResultTimeout",
     "Retry",
     "RetryAfter",
+    "Schedule",
+    "ScheduleNotFound",
     "SchemaMissing",
     "SchemaOutdated",
     "Snooze",

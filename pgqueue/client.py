@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import getpass
 import json
 import os
 import threading
@@ -16,7 +15,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, overload
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
 
 import sqlalchemy as sa
 from sqlalchemy import event
@@ -24,8 +23,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session, object_session
 
 from pgqueue import limits, operations, retention, store
+from pgqueue.actor import default_actor
+from pgqueue.actor import who as _who
+from pgqueue.actor import why as _why
 from pgqueue.admission import Limits, OnFull, PerKey, Rate
 from pgqueue.config import DEFAULT_QUEUE, DEFAULT_SCHEMA, checked_lease, checked_schema, url_from_environment
+from pgqueue.cron import NewSchedule
 from pgqueue.dialect import POSTGRESQL, checked_dialect, now, seconds_from_now
 from pgqueue.engine import end_if_frozen, errors_explained, make_async_engine, make_engine, parse_url, reading
 from pgqueue.errors import ClaimLost, ConfigurationError, InvalidPayload, QueueFull, TaskNotFound, WrongSession
@@ -49,6 +52,7 @@ from pgqueue.job import (
 from pgqueue.limits import LimitsRow, Scope
 from pgqueue.notifier import WakeSender
 from pgqueue.retry import DELAY_SECONDS_MAX, Retry, as_seconds, checked_max_retries, decide
+from pgqueue.scheduling import Schedules, new_schedule
 from pgqueue.schema import KEY_CHARACTERS_MAX, Tables, tables_for
 from pgqueue.task import LimitKeys, TaskDefinition, checked_name, checked_priority, encode_json
 from pgqueue.transaction import (
@@ -107,6 +111,7 @@ class PgQueue:
         self._block_seconds: dict[str, float] = {}
         self._limits_declared = False
         self._ordered_queues: set[tuple[str, str]] = set()  # URL and name of those known to keep an order
+        self.declared_schedules: dict[str, NewSchedule] = {}  #: by `cron`; workers publish them when they start
         self._lock = threading.RLock()
         self._engine: sa.Engine | None = None
         self._engine_is_own = False  # and was not given
@@ -317,6 +322,10 @@ class PgQueue:
         keep_dead: float | timedelta | None = None,
         **options: Any,
     ) -> Task[..., Any]:
+        if isinstance(function, Task):
+            raise ConfigurationError(
+                f"{function.name!r} is a task already; put @pgq.task directly above the function, @pgq.cron above that"
+            )
         definition = TaskDefinition(
             name=name if name is not None else getattr(function, "__name__", ""),
             function=function,
@@ -336,6 +345,46 @@ class PgQueue:
         task: Task[..., Any] = Task(self, definition)
         self.tasks[definition.name] = task
         return task
+
+    def cron(
+        self,
+        expression: str,
+        *,
+        tz: str = "UTC",
+        catchup: str = "latest",
+        payload: Mapping[str, Any] | None = None,
+        name: str | None = None,
+        overlap: bool = True,
+    ) -> CronDecorator:
+        """Declare a schedule of a task: ``@pgq.cron("0 3 * * *", tz="Europe/Zurich")`` above ``@pgq.task``.
+
+        Above a plain function it registers that as a task, too. Workers publish what is declared when they start.
+
+        expression: minute, hour, day of month, month and day of week; six fields begin with the second.
+        tz: where those hours are, such as "Europe/Zurich".
+        catchup: of the ticks that came while no worker ran, enqueue "none", the "latest", or "all".
+        payload: of each job; checked against the task here and now.
+        name: of the schedule; the task's unless given. A task with several schedules needs it.
+        overlap: False enqueues no job while the one before is pending or running.
+        """
+
+        def declare(function: Any) -> Any:
+            task = function if isinstance(function, Task) else self._register(function)
+            schedule = new_schedule(task, name, expression, payload, tz, catchup, overlap)
+            if self.declared_schedules.get(schedule.name, schedule) != schedule:
+                raise ConfigurationError(
+                    f"there is already a schedule named {schedule.name!r}; give one of them another name with "
+                    "@pgq.cron(…, name=…)"
+                )
+            self.declared_schedules[schedule.name] = schedule
+            return task
+
+        return declare
+
+    @property
+    def schedules(self) -> Schedules:
+        """The schedules in the database: make, list, enable, disable, run and delete them."""
+        return Schedules(self)
 
     def external_task(
         self,
@@ -872,15 +921,6 @@ def _at_read_committed(engine: E) -> E:
     return engine
 
 
-@functools.cache
-def default_actor() -> str:
-    """Who acts when nobody is named: the operating system's user."""
-    try:
-        return f"user:{getpass.getuser()}"
-    except (KeyError, OSError):
-        return "user:unknown"
-
-
 @dataclass(frozen=True, slots=True)
 class EnqueueOptions:
     """How one enqueue differs from its task's settings."""
@@ -1193,6 +1233,16 @@ class Task(Generic[P, R]):
             wake_after_commit(target, connection, queue, self.pgq._wake_sender)
 
 
+class CronDecorator(Protocol):
+    """What `PgQueue.cron` returns."""
+
+    @overload
+    def __call__(self, function: Task[P, R], /) -> Task[P, R]: ...
+
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> Task[P, R]: ...
+
+
 #: Where a job made by `Task.new` remembers whom to tell once it is committed.
 _WAKE_ATTRIBUTE = "_pgqueue_wake"
 
@@ -1288,14 +1338,6 @@ def _check_scope(scope: Scope, name: str, wanted: Limits) -> None:
             raise ConfigurationError(
                 f"{field_name} is a limit of {'tasks' if scope == 'queue' else 'queues'}, and {name!r} is a {scope}"
             )
-
-
-def _who(actor: str | None) -> str:
-    return clean(actor, MESSAGE_CHARACTERS_MAX) if actor else default_actor()
-
-
-def _why(reason: str | None) -> str | None:
-    return None if reason is None else clean(reason, MESSAGE_CHARACTERS_MAX)
 
 
 def _metadata_json(metadata: Mapping[str, Any] | None) -> str:

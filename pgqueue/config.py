@@ -81,6 +81,8 @@ class WorkerConfig:
     """Wake up by LISTEN (PostgreSQL); switch off behind a pooler in transaction mode."""
     drain: bool = False
     """Stop when the queues are empty."""
+    schedules: bool = True
+    """Enqueue what schedules say. A draining worker never does."""
     max_jobs: int | None = None
     """Stop after so many jobs; None: never."""
 

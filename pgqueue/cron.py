@@ -32,6 +32,9 @@ CATCHUP_TICKS_MAX = 1_000
 #: Ticks of one schedule that are settled in one transaction.
 TICKS_PER_PASS = 100
 
+#: A schedule from code that no worker declared for so long makes no jobs: it was removed from the code.
+UNDECLARED_SECONDS = 180.0
+
 #: No sensible expression is longer.
 EXPRESSION_CHARACTERS_MAX = 256
 
@@ -253,7 +256,12 @@ class Schedule:
     created_at: datetime
     updated_at: datetime
     declared_seconds: float | None = None  #: since a worker last declared it; None: it does not come from code
-    last_tick_at: datetime | None = None  #: the last tick that was settled with a job, if that is on record
+    last_tick_at: datetime | None = None  #: the last tick that got a job, if that is on record
+
+    @property
+    def is_declared(self) -> bool:
+        """False: it comes from code, but no running worker has that code any more. It makes no jobs."""
+        return self.declared_seconds is None or self.declared_seconds <= UNDECLARED_SECONDS
 
     @property
     def payload(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ PgqueueError
 ├── JobFailed                   the job whose result was waited for is dead
 ├── JobCancelled                the job whose result was waited for was cancelled
 ├── ResultTimeout               the job did not end in the time given (also a TimeoutError)
+├── ScheduleNotFound            no schedule of that name is there (also a LookupError)
 ├── InvalidPayload              a payload that does not fit the task or cannot be stored (also a ValueError)
 ├── WrongSession                not a session or connection that can take the call (also a TypeError)
 ├── NotAwaited                  an asynchronous enqueue was never awaited
@@ -83,6 +84,10 @@ class JobCancelled(PgqueueError):
 
 class ResultTimeout(PgqueueError, TimeoutError):
     """The job did not end in the time given. It goes on."""
+
+
+class ScheduleNotFound(PgqueueError, LookupError):
+    """There is no schedule of that name."""
 
 
 class InvalidPayload(PgqueueError, ValueError):

@@ -200,6 +200,7 @@ class EventType(StrEnum):
     PAUSE = "pause"  #: of a queue
     RESUME = "resume"  #: of a queue
     LIMIT = "limit"  #: limits of a queue or a task were changed
+    SCHEDULE = "schedule"  #: of a schedule: the reason says which, and what was done to it
 
 
 @dataclass(slots=True)  # likewise

@@ -2,6 +2,7 @@
 
     claimer ──▶ slots (of each queue: a buffer, threads, the event loop) ──▶ finisher
     heartbeat: extends the leases of all jobs held        sweeper: takes back what dead workers held
+    scheduler: enqueues what schedules say
 
 The claimer fills buffers, slots run jobs, the finisher writes how they ended, in batches. The three overlap. The
 heartbeat has a thread and a connection of its own, so neither a blocked task nor a blocked event loop stops it.
@@ -62,6 +63,7 @@ from pgqueue.lanes import Lanes
 from pgqueue.loop import DatabaseLoop, LoopEnded, Outage, TaskLoop
 from pgqueue.notifier import WakeListener
 from pgqueue.retry import Retry, decide
+from pgqueue.scheduler import Scheduler
 from pgqueue.slots import Slots
 from pgqueue.task import TaskDefinition
 from pgqueue.version import VERSION
@@ -221,12 +223,30 @@ class Worker:
         self._finisher = DatabaseLoop("finish", engine, self._finish_step, outage, frozen_after)
         self._heartbeat = DatabaseLoop("heartbeat", engine, self._heartbeat_step, outage, frozen_after)
         self._sweeper = DatabaseLoop("sweep", engine, self._sweep_step, outage, frozen_after)
+        self._scheduler: DatabaseLoop | None = None
+        if self.config.schedules and not self.config.drain:
+            scheduler = Scheduler(
+                self.pgq.tables,
+                self.pgq.tasks,
+                list(self.pgq.declared_schedules.values()),
+                actor=self.id,
+                enqueued=self._enqueued,
+            )
+            self._scheduler = DatabaseLoop("schedule", engine, scheduler.step, outage, frozen_after)
         self._listener: WakeListener | None = None
         if self.config.listen and engine.dialect.name == POSTGRESQL:
             self._listener = WakeListener(engine, self.pgq.schema, self._woken)
         if any(definition.is_async for definition in self._definitions.values()):
             self._task_loop = TaskLoop(at_end=self._dispose_async_engine)
-        duties = (self._task_loop, self._heartbeat, self._finisher, self._sweeper, self._claimer, self._listener)
+        duties = (
+            self._task_loop,
+            self._heartbeat,
+            self._finisher,
+            self._sweeper,
+            self._claimer,
+            self._scheduler,
+            self._listener,
+        )
         for thread in duties:
             if thread is not None:
                 thread.start()
@@ -301,8 +321,9 @@ class Worker:
     def _shut_down(self) -> None:
         """Stop claiming, keep the leases alive, wait for running jobs, give back the rest, write it all down."""
         self._claimer.stop()
-        if self._listener is not None:
-            self._listener.stop()
+        for helper in (self._scheduler, self._listener):
+            if helper is not None:
+                helper.stop()
         self._claimer.join(ABORT_SECONDS)
         for slots in self._slots.values():
             for job in slots.close():
@@ -323,7 +344,8 @@ class Worker:
         if not written:
             self._finisher.stop()
             logger.error("the database cannot be reached: %d jobs stay claimed until their lease ends", len(self._held))
-        ending = [thread for thread in (self._heartbeat, self._sweeper, self._task_loop, self._listener) if thread]
+        others = (self._heartbeat, self._sweeper, self._task_loop, self._scheduler, self._listener)
+        ending = [thread for thread in others if thread]
         for thread in ending:
             thread.stop()
         for thread in ending:
@@ -532,6 +554,13 @@ class Worker:
             if queue_name is None or slots.name == queue_name:
                 slots.looks_empty_until = 0.0
                 self._claimer.wake()
+
+    def _enqueued(self, queues: set[str]) -> None:
+        """Jobs were enqueued by this worker itself, and committed."""
+        for name in queues:
+            self._woken(name)
+        if self.pgq.engine.dialect.name == POSTGRESQL:
+            self.pgq._wake_sender(queues, True)
 
     def room_again(self) -> None:
         self._claimer.wake()

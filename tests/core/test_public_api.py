@@ -8,6 +8,7 @@ import pgqueue
 def test_the_public_names_are_these() -> None:
     assert pgqueue.__all__ == [
         "Cancel",
+        "Catchup",
         "ClaimLost",
         "ClaimedJob",
         "ConfigurationError",
@@ -36,6 +37,8 @@ def test_the_public_names_are_these() -> None:
         "ResultTimeout",
         "Retry",
         "RetryAfter",
+        "Schedule",
+        "ScheduleNotFound",
         "SchemaMissing",
         "SchemaOutdated",
         "Snooze",

@@ -1,0 +1,165 @@
+"""A worker's duty to enqueue what schedules say, when their time has come.
+
+Every worker does this, with no leader: whoever gets a schedule's row lock first settles its ticks. Only the database's
+clock says what is due.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from pgqueue import schedules, store
+from pgqueue.cron import MISSED_SECONDS, Catchup, NewSchedule, Schedule, settle
+from pgqueue.engine import committing_each, first_line, is_refusal
+from pgqueue.errors import PgqueueError
+from pgqueue.job import OnConflict
+from pgqueue.scheduling import job_of
+from pgqueue.schema import Tables
+
+logger = logging.getLogger(__name__)
+
+#: Between two looks at the table, so that a schedule that was made or changed is seen.
+LOOK_SECONDS = 5.0
+
+#: Schedules whose ticks are settled in one transaction.
+SCHEDULES_PER_PASS = 20
+
+#: When all that is due is locked by others, they are about to settle it.
+LOCKED_SECONDS = 0.2
+
+#: A schedule that cannot be settled is left alone for so long.
+ASIDE_SECONDS = 30.0
+
+#: Between two deletions of old rows of ticks.
+PRUNE_SECONDS = 60.0
+
+
+class Scheduler:
+    """The step of a DatabaseLoop: settles ticks that are due, and says how long there is nothing to do."""
+
+    def __init__(
+        self,
+        tables: Tables,
+        tasks: Mapping[str, Any],
+        declared: Sequence[NewSchedule],
+        *,
+        actor: str,
+        enqueued: Callable[[set[str]], None],
+    ) -> None:
+        """tasks: those that this worker knows. enqueued: called with the queues that got jobs, after the commit."""
+        self._tables = tables
+        self._tasks = tasks
+        self._task_names = sorted(tasks)
+        self._declared = declared
+        self._actor = actor
+        self._enqueued = enqueued
+        self._starting = True
+        self._renew_at = 0.0
+        self._prune_at = time.monotonic() + PRUNE_SECONDS
+        self._aside: dict[str, float] = {}  # schedules that cannot be settled, and until when they are left alone
+        self._told: dict[str, str] = {}  # and what was last said of them
+
+    def step(self, connection: sa.Connection) -> float:
+        if time.monotonic() >= self._renew_at:
+            self._declare(connection)
+        self._aside = {name: until for name, until in self._aside.items() if until > time.monotonic()}
+        with committing_each(connection):
+            wait = schedules.seconds_until_due(
+                connection, self._tables, tasks=self._task_names, aside=list(self._aside)
+            )
+        if wait is not None and wait <= 0:
+            return 0.0 if self._settle(connection) else LOCKED_SECONDS
+        if time.monotonic() >= self._prune_at:
+            self._prune(connection)
+        return LOOK_SECONDS if wait is None else min(wait, LOOK_SECONDS)
+
+    def _declare(self, connection: sa.Connection) -> None:
+        """Say what this worker's code declares, and then, now and then, that it still does."""
+        if self._declared:
+            with connection.begin():
+                changed = schedules.declare(
+                    connection, self._tables, self._declared, starting=self._starting, actor=self._actor
+                )
+            if changed and self._starting:
+                logger.warning(
+                    "schedules %s are not as the code declares them: somebody changed them since, and that counts; "
+                    "delete them, and restart a worker, to have what the code says",
+                    ", ".join(changed),
+                )
+        self._starting = False
+        self._renew_at = time.monotonic() + schedules.RENEW_SECONDS
+
+    def _settle(self, connection: sa.Connection) -> bool:
+        """Settle what is due of some schedules, in one transaction; False when others are at all of them."""
+        queues: set[str] = set()
+        at: Schedule | None = None
+        try:
+            with connection.begin():
+                due = schedules.lock_due(
+                    connection, self._tables, tasks=self._task_names, aside=list(self._aside), limit=SCHEDULES_PER_PASS
+                )
+                for at, now in due:
+                    queues |= self._settle_one(connection, at, now)
+        except Exception as error:
+            if at is None or not (isinstance(error, PgqueueError) or is_refusal(error)):
+                raise
+            # Of what was locked nothing is settled now. The others shall not have to wait for this one.
+            self._put_aside(at, error)
+            return True
+        if queues:
+            self._enqueued(queues)
+        return bool(due)
+
+    def _settle_one(self, connection: sa.Connection, schedule: Schedule, now: datetime) -> set[str]:
+        due = settle(schedule.rule, Catchup(schedule.catchup), schedule.next_tick_at, now)
+        queues = set()
+        for tick in due.ticks:
+            if not schedules.add_tick(connection, self._tables, schedule.name, tick):
+                continue
+            job = job_of(schedule, self._tasks, tick)
+            result = store.insert_job(connection, self._tables, job, on_conflict=OnConflict.SKIP, actor=self._actor)
+            if result.inserted:
+                schedules.set_job(connection, self._tables, schedule.name, tick, result.id)
+                queues.add(job.queue)
+        missed = due.skipped
+        if missed is not None and (now - missed[0]).total_seconds() <= MISSED_SECONDS:
+            missed = None  # a later tick came before anybody got round to these
+        schedules.settled(
+            connection, self._tables, schedule, next_tick_at=due.next_tick_at, missed=missed, actor=self._actor
+        )
+        if missed is not None:
+            logger.warning(
+                "schedule %s: ticks from %s to %s were missed and get no job (catchup=%s)",
+                schedule.name,
+                missed[0].isoformat(),
+                missed[1].isoformat(),
+                schedule.catchup,
+            )
+        return queues
+
+    def _put_aside(self, schedule: Schedule, error: Exception) -> None:
+        self._aside[schedule.name] = time.monotonic() + ASIDE_SECONDS
+        if isinstance(error, sa.exc.DBAPIError):  # the rest of which may show a whole row, with its payload
+            what = first_line(error)
+        else:
+            what = str(error) if isinstance(error, PgqueueError) else type(error).__name__
+        if self._told.get(schedule.name) != what:
+            self._told[schedule.name] = what
+            logger.error(
+                "schedule %s: its job cannot be enqueued, trying again every %g s: %s",
+                schedule.name,
+                ASIDE_SECONDS,
+                what,
+            )
+
+    def _prune(self, connection: sa.Connection) -> None:
+        with connection.begin():
+            deleted = schedules.prune_ticks(connection, self._tables)
+        if deleted < schedules.PRUNE_TICKS_MAX:
+            self._prune_at = time.monotonic() + PRUNE_SECONDS
