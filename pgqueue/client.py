@@ -1162,9 +1162,12 @@ class Task(Generic[P, R]):
             metadata_json=_metadata_json(options.metadata),
         )
 
-    def _insert(self, target: Session | sa.Connection, connection: sa.Connection, job: NewJob) -> JobHandle:
+    def _insert(
+        self, target: Session | sa.Connection, connection: sa.Connection, job: NewJob, *, may_block: bool = True
+    ) -> JobHandle:
         tables = self.pgq._tables_of(connection)
-        if not self._prepare(connection, tables, job.queue, 1, ordered=job.ordering_key is not None):
+        ordered = job.ordering_key is not None
+        if not self._prepare(connection, tables, job.queue, 1, ordered=ordered, may_block=may_block):
             return JobHandle(DROPPED_ID, inserted=False, queue=self.pgq)
         with errors_explained(connection.engine.url):
             result = store.insert_job(
@@ -1194,7 +1197,16 @@ class Task(Generic[P, R]):
             self._wake(target, connection, template.queue)
         return ids
 
-    def _prepare(self, connection: sa.Connection, tables: Tables, queue: str, count: int, *, ordered: bool) -> bool:
+    def _prepare(
+        self,
+        connection: sa.Connection,
+        tables: Tables,
+        queue: str,
+        count: int,
+        *,
+        ordered: bool,
+        may_block: bool = True,
+    ) -> bool:
         """Before jobs are stored: whether there is room for them, and that their order will be kept."""
         pgq = self.pgq
         if ordered:
@@ -1204,7 +1216,7 @@ class Task(Generic[P, R]):
         declared = pgq._queue_limits.get(queue)
         if declared is None or declared.max_depth is None:
             return True
-        deadline = time.monotonic() + pgq._block_seconds[queue]
+        deadline = time.monotonic() + (pgq._block_seconds[queue] if may_block else 0.0)
         wait = BLOCKED_SECONDS_MIN
         while True:
             kept = limits.get_limits(connection, tables, "queue", queue) or declared

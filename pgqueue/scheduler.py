@@ -14,12 +14,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from pgqueue import schedules, store
+from pgqueue import schedules
 from pgqueue.cron import MISSED_SECONDS, Catchup, NewSchedule, Schedule, settle
 from pgqueue.engine import committing_each, first_line, is_refusal
 from pgqueue.errors import PgqueueError
-from pgqueue.job import OnConflict
-from pgqueue.scheduling import job_of
+from pgqueue.scheduling import enqueue
 from pgqueue.schema import Tables
 
 logger = logging.getLogger(__name__)
@@ -122,11 +121,10 @@ class Scheduler:
         for tick in due.ticks:
             if not schedules.add_tick(connection, self._tables, schedule.name, tick):
                 continue
-            job = job_of(schedule, self._tasks, tick)
-            result = store.insert_job(connection, self._tables, job, on_conflict=OnConflict.SKIP, actor=self._actor)
+            result = enqueue(connection, connection, self._tables, schedule, self._tasks, tick)
             if result.inserted:
                 schedules.set_job(connection, self._tables, schedule.name, tick, result.id)
-                queues.add(job.queue)
+                queues.add(schedule.queue)
         missed = due.skipped
         if missed is not None and (now - missed[0]).total_seconds() <= MISSED_SECONDS:
             missed = None  # a later tick came before anybody got round to these

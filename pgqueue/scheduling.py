@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any, Protocol, TypeVar
@@ -17,6 +17,7 @@ from pgqueue.cron import CronRule, NewSchedule, Schedule, checked_catchup
 from pgqueue.dialect import POSTGRESQL
 from pgqueue.engine import errors_explained
 from pgqueue.errors import ConfigurationError, PgqueueError
+from pgqueue.handle import JobHandle, Queue
 from pgqueue.job import EnqueueResult, Job, NewJob, OnConflict
 from pgqueue.schema import Tables
 from pgqueue.task import TaskDefinition, checked_name
@@ -26,6 +27,7 @@ from pgqueue.transaction import (
     SyncTransaction,
     Wake,
     checked_async,
+    open_root,
     open_transaction,
     run_in_transaction,
     wake_after_commit,
@@ -49,7 +51,7 @@ class SchedulableTask(Protocol):
     def _template(self) -> NewJob: ...
 
 
-class Owner(Protocol):
+class Owner(Queue, Protocol):
     """`client.PgQueue`, as schedules see it."""
 
     @property
@@ -59,9 +61,6 @@ class Owner(Protocol):
     def tasks(self) -> Mapping[str, Any]: ...
 
     @property
-    def tables(self) -> Tables: ...
-
-    @property
     def _job_class(self) -> type[Job] | None: ...
 
     def _tables_of(self, connection: sa.Connection) -> Tables: ...
@@ -69,8 +68,6 @@ class Owner(Protocol):
     def get_task(self, name: str) -> Any: ...
 
     def begin(self) -> AbstractContextManager[sa.Connection]: ...
-
-    def reading(self) -> AbstractContextManager[sa.Connection]: ...
 
 
 class Schedules:
@@ -177,22 +174,22 @@ class Schedules:
         session: SyncTransaction | None = None,
         reason: str | None = None,
         actor: str | None = None,
-    ) -> EnqueueResult:
+    ) -> JobHandle:
         """Enqueue a job of a schedule out of turn, enabled or not; its ticks stay as they are.
 
         With overlap=False nothing is enqueued while the job before is open; the result then names that one. Raises
-        ScheduleNotFound.
+        ScheduleNotFound, or QueueFull as an enqueue does.
         """
         with self._in_transaction("schedules.run_now", session) as (target, connection):
             tables = self._pgq._tables_of(connection)
             schedule = schedules.get(connection, tables, name)
-            job = job_of(schedule, self._pgq.tasks)
-            result = store.insert_job(connection, tables, job, on_conflict=OnConflict.SKIP, actor=who(actor))
+            result = enqueue(target, connection, tables, schedule, self._pgq.tasks)
             if result.inserted:
                 schedules.record_run(connection, tables, schedule, result.id, actor=who(actor), reason=why(reason))
                 if connection.dialect.name == POSTGRESQL:
-                    wake_after_commit(target, connection, job.queue, self._pgq._wake_sender)
-            return result
+                    wake_after_commit(target, connection, schedule.queue, self._pgq._wake_sender)
+            transaction = open_root(connection) if result.inserted else None
+            return JobHandle(result.id, result.inserted, queue=self._pgq, transaction=transaction)
 
     def delete(
         self,
@@ -292,31 +289,40 @@ def new_schedule(
     )
 
 
-def job_of(schedule: Schedule, tasks: Mapping[str, Any], tick: datetime | None = None) -> NewJob:
-    """The job that a schedule makes, for a tick or out of turn: as an enqueue of its task would make it.
+def enqueue(
+    target: Any,
+    connection: sa.Connection,
+    tables: Tables,
+    schedule: Schedule,
+    tasks: Mapping[str, Any],
+    tick: datetime | None = None,
+) -> EnqueueResult:
+    """Store the job that a schedule makes, for a tick or out of turn: as an enqueue of its task would.
 
-    Of a task that is not known here, or whose payload fits no more, it is what the row says. Then it waits for a worker
-    that knows the task, or its attempt fails and says why.
+    Of a task that is not known here, or whose payload fits no more, the job is what the row says. Then it waits for a
+    worker that knows the task, or its attempt fails and says why. A queue that is full raises QueueFull for a tick at
+    once, whatever it does to others.
     """
     metadata = {SCHEDULE_KEY: schedule.name}
     if tick is not None:
         metadata[TICK_KEY] = tick.astimezone(UTC).isoformat().replace("+00:00", "Z")
     unique_key = None if schedule.overlap else f"schedule:{schedule.name}"
-    task = tasks.get(schedule.task)
+    job: NewJob | None = None
+    task: Any = tasks.get(schedule.task)
     if task is not None:
-        try:
-            made: NewJob = task.using(
+        with suppress(PgqueueError, ValueError, RecursionError):
+            task = task.using(
                 queue=schedule.queue,
                 priority=schedule.priority,
                 max_retries=schedule.max_retries,
                 unique_key=unique_key,
                 metadata=metadata,
-            )._new_job((), schedule.payload)
-        except (PgqueueError, ValueError, RecursionError):
-            pass
-        else:
-            return made
-    return NewJob(
+            )
+            job = task._new_job((), schedule.payload)
+    if job is not None:
+        handle = task._insert(target, connection, job, may_block=tick is None)
+        return EnqueueResult(handle.id, handle.inserted)
+    job = NewJob(
         task=schedule.task,
         payload_json=schedule.payload_json,
         queue=schedule.queue,
@@ -325,3 +331,4 @@ def job_of(schedule: Schedule, tasks: Mapping[str, Any], tick: datetime | None =
         unique_key=unique_key,
         metadata_json=json.dumps(metadata),
     )
+    return store.insert_job(connection, tables, job, on_conflict=OnConflict.SKIP, actor=who(None))

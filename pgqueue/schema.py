@@ -486,9 +486,7 @@ def _schedule_ticks(metadata: sa.MetaData, prefix: str) -> sa.Table:
         metadata,
         sa.Column("schedule", sa.Text, primary_key=True, comment="name of the schedule"),
         sa.Column("tick_at", UTCDateTime, primary_key=True, comment="the moment its rule names"),
-        sa.Column(
-            "job_id", sa.BigInteger, comment="the job that was enqueued for it; NULL: none, the one before was open"
-        ),
+        sa.Column("job_id", sa.BigInteger, comment="the job that was enqueued for it; NULL: none was to be"),
         sa.Column("created_at", UTCDateTime, nullable=False, server_default=now(), comment="when that was done"),
         sa.Index(f"{prefix}schedule_ticks_created", "created_at"),
         comment="pgqueue: ticks of schedules that were settled, each at most once",

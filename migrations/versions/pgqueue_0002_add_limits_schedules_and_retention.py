@@ -257,9 +257,7 @@ def _create_tables(schema: str | None, prefix: str) -> None:
         f"{prefix}schedule_ticks",
         sa.Column("schedule", sa.Text(), nullable=False, comment="name of the schedule"),
         sa.Column("tick_at", moment, nullable=False, comment="the moment its rule names"),
-        sa.Column(
-            "job_id", sa.BigInteger(), comment="the job that was enqueued for it; NULL: none, the one before was open"
-        ),
+        sa.Column("job_id", sa.BigInteger(), comment="the job that was enqueued for it; NULL: none was to be"),
         sa.Column("created_at", moment, server_default=now, nullable=False, comment="when that was done"),
         sa.PrimaryKeyConstraint("schedule", "tick_at", name=op.f(f"pk_{prefix}schedule_ticks")),
         schema=schema,
