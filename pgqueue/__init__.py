@@ -53,12 +53,16 @@ from pgqueue.errors import (
     WrongSession,
 )
 
+# Events
+from pgqueue.events import EventName, JobEvent, Subscription
+
 # Inside a task
 from pgqueue.executor import current_job
 
 # Jobs
 from pgqueue.handle import JobHandle
 from pgqueue.job import ClaimedJob, Job, JobStatus, OnConflict
+from pgqueue.middleware import EnqueueRequest
 from pgqueue.retry import Retry
 from pgqueue.version import VERSION as __version__
 
@@ -75,12 +79,15 @@ __all__ = [
     "Discard",
     "DuplicateJob",
     "EnqueueOptions",
+    "EnqueueRequest",
     "ErrorInfo",
+    "EventName",
     "IllegalTransition",
     "InvalidPayload",
     "InvalidTask",
     "Job",
     "JobCancelled",
+    "JobEvent",
     "JobFailed",
     "JobHandle",
     "JobNotFound",
@@ -101,6 +108,7 @@ __all__ = [
     "SchemaMissing",
     "SchemaOutdated",
     "Snooze",
+    "Subscription",
     "Task",
     "TaskNotFound",
     "Worker",

@@ -32,6 +32,7 @@ from pgqueue.cron import NewSchedule
 from pgqueue.dialect import POSTGRESQL, checked_dialect, now, seconds_from_now
 from pgqueue.engine import end_if_frozen, errors_explained, make_async_engine, make_engine, parse_url, reading
 from pgqueue.errors import ClaimLost, ConfigurationError, InvalidPayload, QueueFull, TaskNotFound, WrongSession
+from pgqueue.events import EventName, JobEvent, Listener, Listeners, Subscription, event_of_stored, events_of
 from pgqueue.executor import MESSAGE_CHARACTERS_MAX, clean, describe
 from pgqueue.handle import DROPPED_ID, JobHandle, Waiting, wait, wait_async
 from pgqueue.job import (
@@ -50,6 +51,13 @@ from pgqueue.job import (
     Released,
 )
 from pgqueue.limits import LimitsRow, Scope
+from pgqueue.middleware import (
+    EnqueueMiddleware,
+    EnqueueRequest,
+    RunMiddleware,
+    enqueue_middleware,
+    run_middleware,
+)
 from pgqueue.notifier import WakeSender
 from pgqueue.retry import DELAY_SECONDS_MAX, Retry, as_seconds, checked_max_retries, decide
 from pgqueue.scheduling import Schedules, new_schedule
@@ -64,12 +72,15 @@ from pgqueue.transaction import (
     open_transaction,
     pause,
     run_in_transaction,
+    tell_after_commit,
     wake_after_commit,
 )
 
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
+L = TypeVar("L", bound=Listener)
+M = TypeVar("M", bound=Callable[..., Any])
 E = TypeVar("E", sa.Engine, AsyncEngine)
 
 #: The class, inside of PgQueue, where `Job` is the mapped one.
@@ -119,6 +130,9 @@ class PgQueue:
         self._async_engine_is_own = False
         self._url: sa.URL | None = None
         self._wake_sender = self._new_wake_sender()
+        self._listeners = Listeners()
+        self._enqueue_middleware: list[EnqueueMiddleware] = []
+        self._run_middleware: list[RunMiddleware] = []
         _queues.add(self)
         if database is not None:
             self.connect_to(database)
@@ -191,6 +205,7 @@ class PgQueue:
         its parent's connections: it forgets them without closing them."""
         self._lock = threading.RLock()
         self._wake_sender = self._new_wake_sender()
+        self._listeners.start_anew_after_fork()
         if self._engine is not None and self._engine_is_own:
             self._engine.dispose(close=False)
         if self._async_engine is not None and self._async_engine_is_own:
@@ -214,8 +229,9 @@ class PgQueue:
         return self.tables.job_class if self.has_database else None
 
     def dispose(self) -> None:
-        """Close pgqueue's own connections; an engine that was given keeps its own. It connects again when used
-        again."""
+        """Deliver what listeners have not been told yet, for at most two seconds, and close pgqueue's own connections;
+        an engine that was given keeps its own. It connects again when used again."""
+        self._listeners.deliver()
         self._wake_sender.close()
         with self._lock:
             if self._engine is not None and self._engine_is_own:
@@ -502,6 +518,66 @@ class PgQueue:
     ) -> list[Any]:
         return await wait_async(self, Waiting(job_ids, timeout, return_errors=return_errors))
 
+    # Listeners and middleware
+
+    @overload
+    def on(
+        self, event: str, listener: Listener, /, *, task: str | Task[..., Any] | None = None, queue: str | None = None
+    ) -> Subscription: ...
+
+    @overload
+    def on(
+        self, event: str, /, *, task: str | Task[..., Any] | None = None, queue: str | None = None
+    ) -> Callable[[L], L]: ...
+
+    def on(self, event: str, /, *listener: Any, task: Any = None, queue: str | None = None) -> Any:
+        """Call `listener`, `def` or `async def`, with a JobEvent whenever `event` happens in this process.
+
+        event: such as "job:failed"; the names are those of EventName, and "job:*" stands for all of them.
+        task, queue: hear only of jobs of this task, or in this queue.
+
+        Listeners run beside the jobs, on a thread of their own each. One that raises or is slow harms nothing but
+        itself: its errors are logged, and what it cannot keep up with is dropped and counted. Returns a Subscription;
+        calling it ends it. Without a listener, `@pgq.on("job:failed")` decorates one.
+        """
+        if not listener:
+            return functools.partial(self._decorate_listener, event, task=task, queue=queue)
+        (function,) = listener
+        if not callable(function):
+            raise ConfigurationError(f"a listener to {event} must be a function, got {type(function).__name__}")
+        name = task.name if isinstance(task, Task) else task
+        return self._listeners.add(
+            event,
+            function,
+            task=None if name is None else checked_name("task", name),
+            queue=None if queue is None else checked_name("queue", queue),
+        )
+
+    def _decorate_listener(self, event: str, function: Listener, /, **filters: Any) -> Listener:
+        self.on(event, function, **filters)
+        return function
+
+    def middleware(self, around: Literal["run", "enqueue"], /) -> Callable[[M], M]:
+        """Register code around every attempt ("run"), or before every enqueue ("enqueue"); the first is outermost.
+
+        run: a function of the ClaimedJob that yields once, where the task's function runs, or that returns a context
+        manager. It goes around tasks of both kinds; if it is `async def`, around `async def` tasks only. What it
+        raises, the attempt has raised. Register it before the worker starts.
+        enqueue: a plain function of an EnqueueRequest, whose payloads and options it may change; what it raises is
+        raised by the enqueue.
+        """
+        if around not in ("run", "enqueue"):
+            raise ConfigurationError(f"middleware goes around 'run' or 'enqueue', got {around!r}")
+
+        def register(function: M) -> M:
+            if around == "run":
+                self._run_middleware.append(run_middleware(function))
+            else:
+                self._enqueue_middleware.append(enqueue_middleware(function))
+            return function
+
+        return register
+
     # Claims, for consumers that are not tasks
 
     def claim(
@@ -686,7 +762,11 @@ class PgQueue:
                 transition.keep_seconds = known.definition.keep_seconds(transition.status)
             transitions.append(transition)
         actor = jobs[0].claimed_by if jobs else ""
-        return retention.finish(connection, self._tables_of(connection), transitions, actor=actor)
+        written = retention.finish(connection, self._tables_of(connection), transitions, actor=actor)
+        if self._listeners.wanted:
+            ends = [event for job, end in zip(jobs, transitions, strict=True) for event in events_of(end, job, None)]
+            tell_after_commit(connection, lambda: self._listeners.tell(end for end in ends if end.job_id in written))
+        return written
 
     def _tables_of(self, connection: sa.Connection) -> Tables:
         return tables_for(checked_dialect(connection.dialect.name), self.schema)
@@ -755,6 +835,14 @@ class PgQueue:
         """Withdraw a job that is pending or running; what its worker writes later is refused."""
         with self.begin() as connection:
             operations.cancel_job(connection, self.tables, job_id, actor=_who(actor), reason=_why(reason))
+            cancelled = self._stored(connection, [job_id], EventName.CANCELLED)
+        self._listeners.tell(event_of_stored(EventName.CANCELLED, job, _why(reason)) for job in cancelled)
+
+    def _stored(self, connection: sa.Connection, job_ids: Sequence[int], *told: EventName) -> list[_Job]:
+        """The jobs as they stand, if anybody listens to what is to be told of them."""
+        if not job_ids or self._listeners.wanted.isdisjoint(told):
+            return []
+        return operations.get_jobs(connection, self.tables, job_ids)
 
     def replay(self, job_id: int, *, reason: str | None = None, actor: str | None = None) -> None:
         """Put a dead or cancelled job back to pending, with all its retries."""
@@ -985,6 +1073,7 @@ class Task(Generic[P, R]):
         self.definition = definition
         self.options = options if options is not None else EnqueueOptions()
         self.external = False
+        self._is_changed = False  # by the enqueue middleware, which sees each request once
         functools.update_wrapper(self, definition.function)
 
     @property
@@ -1053,12 +1142,18 @@ class Task(Generic[P, R]):
         that is not a synchronous session or connection, DuplicateJob as `on_conflict` says.
         """
         target, connection = open_transaction(session, "enqueue", self.pgq._job_class)
+        if self._has_middleware:
+            task, (changed,) = self._changed_by_middleware([self.definition.bind(args, payload)])
+            return task.enqueue(session, **changed)
         return self._insert(target, connection, self._new_job(args, payload))
 
     def enqueue_async(self, session: AsyncTransaction, /, *args: P.args, **payload: P.kwargs) -> Awaitable[JobHandle]:
         """As `enqueue`, for an AsyncSession or AsyncConnection. Must be awaited: the session's commit fails if
         it was not."""
         opened = checked_async(session, "enqueue_async")
+        if self._has_middleware:
+            task, (changed,) = self._changed_by_middleware([self.definition.bind(args, payload)])
+            return task.enqueue_async(session, **changed)
         new_job = self._new_job(args, payload)
         return MustAwait(
             lambda: run_in_transaction(
@@ -1074,6 +1169,9 @@ class Task(Generic[P, R]):
     def enqueue_many(self, session: SyncTransaction, payloads: Iterable[Mapping[str, Any]], /) -> list[int]:
         """Store a job for each payload, in bulk; their ids in the payloads' order. All or none is stored."""
         target, connection = open_transaction(session, "enqueue_many", self.pgq._job_class)
+        if self._has_middleware:
+            task, changed = self._changed_by_middleware(_checked_payloads(payloads))
+            return task.enqueue_many(session, changed)
         template, encoded = self._new_jobs(payloads)
         return self._insert_many(target, connection, template, encoded)
 
@@ -1082,6 +1180,9 @@ class Task(Generic[P, R]):
     ) -> Awaitable[list[int]]:
         """As `enqueue_many`, for an AsyncSession or AsyncConnection."""
         opened = checked_async(session, "enqueue_many_async")
+        if self._has_middleware:
+            task, changed = self._changed_by_middleware(_checked_payloads(payloads))
+            return task.enqueue_many_async(session, changed)
         template, encoded = self._new_jobs(payloads)
         return MustAwait(
             lambda: run_in_transaction(
@@ -1100,8 +1201,11 @@ class Task(Generic[P, R]):
         It is inserted when the session flushes. A unique key that is taken fails that flush with an
         IntegrityError: `enqueue` has the gentler ways.
         """
+        if self._has_middleware:
+            task, (changed,) = self._changed_by_middleware([self.definition.bind(args, payload)])
+            return task.new(**changed)
         new_job = self._new_job(args, payload)
-        fields: dict[str, Any] = {
+        values: dict[str, Any] = {
             "task": new_job.task,
             "payload": _decoded(new_job.payload_json),
             "queue": new_job.queue,
@@ -1114,15 +1218,45 @@ class Task(Generic[P, R]):
             "rate_key": new_job.rate_key,
         }
         if new_job.delay_seconds is not None:
-            fields["run_at"] = seconds_from_now(sa.literal(new_job.delay_seconds, sa.Float()))
+            values["run_at"] = seconds_from_now(sa.literal(new_job.delay_seconds, sa.Float()))
         elif new_job.run_at is not None:
-            fields["run_at"] = new_job.run_at
+            values["run_at"] = new_job.run_at
         else:
-            fields["run_at"] = now()
-        job = self.pgq.Job(**fields)
+            values["run_at"] = now()
+        job = self.pgq.Job(**values)
         if self._is_due_at_once:
             job.__dict__[_WAKE_ATTRIBUTE] = self.pgq._wake_sender
+        job.__dict__[_LISTENERS_ATTRIBUTE] = self.pgq._listeners
         return job
+
+    @property
+    def _has_middleware(self) -> bool:
+        """Whether a middleware has yet to see what is enqueued."""
+        return bool(self.pgq._enqueue_middleware) and not self._is_changed
+
+    def _changed_by_middleware(self, payloads: list[Any]) -> tuple[Task[..., Any], list[dict[str, Any]]]:
+        """This task and the payloads, as the middleware wants them."""
+        for payload in payloads:
+            _require_mapping(payload, self.name)
+        given = {name: getattr(self.options, name) for name in _OPTIONS}
+        request = EnqueueRequest(self.name, [dict(payload) for payload in payloads], given)
+        for middleware in self.pgq._enqueue_middleware:
+            middleware(request)
+        for name in request.options.keys() - set(_OPTIONS):
+            raise ConfigurationError(
+                f"a middleware gave the enqueue of task {self.name!r} an option {name!r}; options are: "
+                + ", ".join(_OPTIONS)
+            )
+        if len(request.payloads) != len(payloads):
+            raise ConfigurationError(
+                f"a middleware made {len(request.payloads)} payloads of {len(payloads)} for task {self.name!r}; it may "
+                "change them, and refuse them all by raising"
+            )
+        options = EnqueueOptions(**request.options)
+        options = replace(options, on_conflict=OnConflict(options.on_conflict))
+        task: Task[..., Any] = Task(self.pgq, self.definition, options)
+        task.external, task._is_changed = self.external, True
+        return task, request.payloads
 
     def _new_job(self, args: tuple[Any, ...], payload: dict[str, Any]) -> NewJob:
         payload_json = self.definition.encode(self.definition.bind(args, payload))
@@ -1144,9 +1278,7 @@ class Task(Generic[P, R]):
     def _new_jobs(self, payloads: Iterable[Mapping[str, Any]]) -> tuple[NewJob, list[str]]:
         if self.options.unique_key is not None:
             raise ConfigurationError("enqueue_many() stores many jobs, and a unique_key allows one; leave it away")
-        if isinstance(payloads, str | bytes | Mapping) or not isinstance(payloads, Iterable):
-            raise InvalidPayload(f"enqueue_many() takes an iterable of payloads, got {type(payloads).__name__}")
-        return self._template(), [self.definition.encode(payload) for payload in payloads]
+        return self._template(), [self.definition.encode(payload) for payload in _checked_payloads(payloads)]
 
     def _template(self) -> NewJob:
         options, definition = self.options, self.definition
@@ -1175,6 +1307,8 @@ class Task(Generic[P, R]):
             )
         if result.inserted or self.options.on_conflict is OnConflict.REPLACE:
             self._wake(target, connection, job.queue)
+        if result.inserted and EventName.ENQUEUED in self.pgq._listeners.wanted:
+            _tell_enqueued(self.pgq._listeners, connection, [result.id], job, [job.payload_json])
         # The caller's transaction, to say so when somebody asks for the job before it is committed.
         transaction = open_root(connection) if result.inserted else None
         return JobHandle(result.id, result.inserted, queue=self.pgq, transaction=transaction)
@@ -1195,6 +1329,8 @@ class Task(Generic[P, R]):
             ids = store.insert_jobs(connection, tables, template, encoded, keys)
         if ids:
             self._wake(target, connection, template.queue)
+        if ids and EventName.ENQUEUED in self.pgq._listeners.wanted:
+            _tell_enqueued(self.pgq._listeners, connection, ids, template, encoded)
         return ids
 
     def _prepare(
@@ -1257,11 +1393,15 @@ class CronDecorator(Protocol):
 
 #: Where a job made by `Task.new` remembers whom to tell once it is committed.
 _WAKE_ATTRIBUTE = "_pgqueue_wake"
+_LISTENERS_ATTRIBUTE = "_pgqueue_listeners"
+
+#: The names of the options of an enqueue.
+_OPTIONS = tuple(option.name for option in fields(EnqueueOptions))
 
 
 @functools.cache
 def _watch_inserts(job_class: type[Job]) -> None:
-    """Wake workers for jobs that are stored by `session.add`, as for those that are enqueued."""
+    """Wake workers and tell listeners of jobs that are stored by `session.add`, as of those that are enqueued."""
 
     @event.listens_for(job_class, "after_insert")
     def inserted(mapper: Any, connection: sa.Connection, job: Job) -> None:
@@ -1269,6 +1409,35 @@ def _watch_inserts(job_class: type[Job]) -> None:
         session = object_session(job)
         if wake is not None and session is not None and connection.dialect.name == POSTGRESQL:
             wake_after_commit(session, connection, job.queue, wake)
+        listeners = job.__dict__.get(_LISTENERS_ATTRIBUTE)
+        if listeners is not None and EventName.ENQUEUED in listeners.wanted:
+            new_job = NewJob(job.task, "{}", job.queue, metadata_json=json.dumps(job.metadata))
+            _tell_enqueued(listeners, connection, [job.id], new_job, [json.dumps(job.payload)])
+
+
+def _tell_enqueued(
+    listeners: Listeners, connection: sa.Connection, ids: Sequence[int], job: NewJob, payloads: Sequence[str]
+) -> None:
+    """Have listeners told of new jobs once the connection's transaction is committed."""
+
+    def tell() -> None:
+        at = datetime.now(UTC)
+        listeners.tell(
+            JobEvent(
+                name=EventName.ENQUEUED,
+                job_id=job_id,
+                task=job.task,
+                queue=job.queue,
+                attempt=0,
+                worker=None,
+                at=at,
+                payload_json=payload_json,
+                metadata_json=job.metadata_json,
+            )
+            for job_id, payload_json in zip(ids, payloads, strict=True)
+        )
+
+    tell_after_commit(connection, tell)
 
 
 def _nack_outcome(
@@ -1358,6 +1527,12 @@ def _metadata_json(metadata: Mapping[str, Any] | None) -> str:
     if not isinstance(metadata, Mapping):
         raise InvalidPayload(f"metadata must be a mapping, got {type(metadata).__name__}")
     return encode_json(dict(metadata), "metadata")
+
+
+def _checked_payloads(payloads: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    if isinstance(payloads, str | bytes | Mapping) or not isinstance(payloads, Iterable):
+        raise InvalidPayload(f"enqueue_many() takes an iterable of payloads, got {type(payloads).__name__}")
+    return list(payloads)
 
 
 def _require_mapping(payload: object, task: str) -> None:

@@ -49,6 +49,12 @@ def get_job(connection: sa.Connection, tables: Tables, job_id: int) -> Job:
     return Job(**_read(tables.jobs, row))
 
 
+def get_jobs(connection: sa.Connection, tables: Tables, job_ids: Sequence[int]) -> list[Job]:
+    """Those of the jobs that exist, as `get_job` gives them."""
+    query = _readable(tables.jobs).where(id_among(tables.jobs.c.id, store.IDS)).order_by(tables.jobs.c.id)
+    return [Job(**_read(tables.jobs, row)) for row in connection.execute(query, {"ids": list(job_ids)})]
+
+
 @dataclass(frozen=True, slots=True)
 class JobPage:
     """A page of jobs, newest first."""

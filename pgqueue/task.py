@@ -6,6 +6,7 @@ where it is made, and when it is run, because rows also come from SQL and from o
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import json
@@ -156,6 +157,12 @@ class TaskDefinition:
         if status is JobStatus.COMPLETED:
             return self.keep_completed
         return self.keep_dead if status is JobStatus.DEAD else None
+
+    def around(self, function: Callable[..., Any]) -> TaskDefinition:
+        """The same task with a function that calls this one's."""
+        changed = copy.copy(self)
+        object.__setattr__(changed, "function", function)
+        return changed
 
     def bind(self, arguments: tuple[Any, ...], payload: dict[str, Any]) -> dict[str, Any]:
         """The payload with arguments that were given by position under their names. Raises InvalidPayload."""

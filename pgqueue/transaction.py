@@ -33,6 +33,7 @@ _WAKES = "pgqueue_wakes"
 _UNAWAITED = "pgqueue_unawaited"
 
 _connection_wakes: weakref.WeakKeyDictionary[sa.Connection, dict[Wake, set[str]]] = weakref.WeakKeyDictionary()
+_connection_tells: weakref.WeakKeyDictionary[sa.Connection, _Tells] = weakref.WeakKeyDictionary()
 _connection_unawaited: weakref.WeakKeyDictionary[sa.Connection, dict[object, str]] = weakref.WeakKeyDictionary()
 
 
@@ -144,7 +145,8 @@ def wake_after_commit(target: Session | sa.Connection, connection: sa.Connection
 
 def _commits_by_itself(connection: sa.Connection) -> bool:
     """Whether each statement is a transaction of its own, so that no commit will be heard of."""
-    return bool(getattr(connection.connection.driver_connection, "autocommit", False))
+    # Not bool(…): that of sqlite3 is -1 for its old way, in which there are transactions.
+    return getattr(connection.connection.driver_connection, "autocommit", False) is True
 
 
 def _session_committed(session: Session) -> None:
@@ -184,6 +186,66 @@ def _send(wakes: dict[Wake, set[str]], *, committed: bool) -> None:
             wake(queues, committed)
         except Exception:  # the jobs are stored; nothing about a hint may fail the commit
             logger.exception("the wake-up for queues %s failed; their workers will find the jobs by polling", queues)
+
+
+def tell_after_commit(connection: sa.Connection, tell: Callable[[], None]) -> None:
+    """Call `tell` once what was done on this connection until now is committed; never when it is rolled back, not even
+    to a savepoint. Unlike a wake-up it is no hint: it happens after the commit, exactly then, and once."""
+    if _commits_by_itself(connection):
+        tell()
+        return
+    told = _connection_tells.get(connection)
+    if told is None:
+        told = _connection_tells[connection] = _Tells()
+        told.watch(connection)
+    told.waiting.append(tell)
+
+
+class _Tells:
+    """What is to be told once a connection's transaction is committed."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Callable[[], None]] = []
+        self._savepoints: dict[str, int] = {}  # how much was waiting when each began
+
+    def watch(self, connection: sa.Connection) -> None:
+        event.listen(connection, "rollback", lambda _: self._forget())
+        event.listen(connection, "rollback_twophase", lambda *_: self._forget())
+        event.listen(connection, "rollback_savepoint", lambda _, name, context: self._forget_since(name))
+        # SQLAlchemy tells of a commit just before it happens and has no event for the moment after; and it tells of a
+        # savepoint before that has a name.
+        for name, watched in (
+            ("_commit_impl", self._then_tell),
+            ("_commit_twophase_impl", self._then_tell),
+            ("_savepoint_impl", self._then_mark),
+        ):
+            setattr(connection, name, watched(getattr(connection, name)))
+
+    def _then_tell(self, commit: Callable[..., None]) -> Callable[..., None]:
+        def commit_and_tell(*arguments: object) -> None:
+            due = list(self.waiting)
+            self._forget()
+            commit(*arguments)
+            for tell in due:
+                tell()
+
+        return commit_and_tell
+
+    def _then_mark(self, begin: Callable[..., str]) -> Callable[..., str]:
+        def begin_and_mark(*arguments: object) -> str:
+            name = begin(*arguments)
+            self._savepoints[name] = len(self.waiting)
+            return name
+
+        return begin_and_mark
+
+    def _forget(self) -> None:
+        self.waiting.clear()
+        self._savepoints.clear()
+
+    def _forget_since(self, savepoint: str) -> None:
+        # All of it, when the savepoint is older than what is waiting.
+        del self.waiting[self._savepoints.get(savepoint, 0) :]
 
 
 # A coroutine that was forgotten ----------------------------------------------------------------------------

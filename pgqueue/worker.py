@@ -48,6 +48,7 @@ from pgqueue.engine import (
     parse_url,
 )
 from pgqueue.errors import ConfigurationError, IllegalTransition
+from pgqueue.events import DELIVER_SECONDS, EventName, event_of, events_of, events_of_swept
 from pgqueue.executor import cancelled_itself, execute, execute_async, outcome_of
 from pgqueue.job import (
     ClaimedJob,
@@ -61,6 +62,7 @@ from pgqueue.job import (
 )
 from pgqueue.lanes import Lanes
 from pgqueue.loop import DatabaseLoop, LoopEnded, Outage, TaskLoop
+from pgqueue.middleware import wrapped
 from pgqueue.notifier import WakeListener
 from pgqueue.retry import Retry, decide
 from pgqueue.scheduler import Scheduler
@@ -98,6 +100,8 @@ DRAIN_SECONDS_MIN = 0.01
 STOPPED_UNSTARTED = Released("the worker stopped before it started the job")
 STOPPED_RUNNING = Released("the worker stopped while the job was running")
 STALE = Released("its lease may have run out before it was started")
+TAKEN = "it was taken from this worker before its attempt ended"
+OUTCOME_REFUSED = "it was taken from this worker; the outcome of the attempt was refused"
 NOT_BEGUN = Released("the database could not be reached to begin the task's transaction", delay_seconds=1.0)
 
 
@@ -139,6 +143,8 @@ class _Hold:
 
     job: ClaimedJob
     sure_until: float  #: monotonic; its lease lasts at least so long
+    began: float | None = None  #: monotonic; noted only while somebody listens to events
+    ran_seconds: float | None = None  #: likewise, once it is ending
     #: Locked when how it ends is decided and being written. A lock because exactly one of many threads gets it.
     _ending: threading.Lock = field(default_factory=threading.Lock)
 
@@ -148,7 +154,10 @@ class _Hold:
 
     def begin_end(self) -> bool:
         """Whether the caller is the one to write how it ends."""
-        return self._ending.acquire(blocking=False)
+        first = self._ending.acquire(blocking=False)
+        if first and self.began is not None:
+            self.ran_seconds = time.monotonic() - self.began
+        return first
 
     def take_back_end(self) -> None:
         self._ending.release()
@@ -166,7 +175,10 @@ class Worker:
         self.config = config if config is not None else WorkerConfig()
         self.id = f"{self.config.name or socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self.report = WorkerReport()
-        self._definitions = {name: task.definition for name, task in pgq.tasks.items() if not task.external}
+        self._definitions = {
+            name: _with_middleware(task.definition, pgq) for name, task in pgq.tasks.items() if not task.external
+        }
+        self._listeners = pgq._listeners
         self._task_names = sorted(self._definitions)
         self._retains = any(definition.retains for definition in self._definitions.values())
         self._keep_dead = {d.name: d.keep_dead for d in self._definitions.values() if d.keep_dead is not None}
@@ -255,6 +267,7 @@ class Worker:
                 self._wait_for_news(SIGNAL_SECONDS)
         finally:
             self._shut_down()
+            self._listeners.deliver(ABORT_SECONDS if self._abort_requested else DELIVER_SECONDS)
         logger.info("worker %s stopped: %s", self.id, self.report)
         return self.report
 
@@ -580,6 +593,9 @@ class Worker:
         if hold is None:
             return False
         if time.monotonic() < hold.sure_until:
+            if self._listeners.wanted:
+                hold.began = time.monotonic()
+                self._listeners.tell([event_of(EventName.STARTED, job)])
             return True
         self._finish(job, STALE)
         return False
@@ -837,9 +853,12 @@ class Worker:
         # Of two ends of one job the first has lost its claim, or there would not be a second.
         last = {transition.job_id: transition for transition in transitions}
         queues: set[str] = set()
+        listening = bool(self._listeners.wanted)
+        told: list[tuple[Transition, _Hold, bool]] = []
         with self._lock:
             for transition in transitions:
-                if transition.job_id in written and transition is last[transition.job_id]:
+                is_written = transition.job_id in written and transition is last[transition.job_id]
+                if is_written:
                     self.report.count(transition)
                 else:
                     self.report.lost += 1
@@ -853,10 +872,24 @@ class Worker:
                 if hold is not None and hold.job.claim_token == transition.claim_token:
                     del self._held[transition.job_id]
                     queues.add(hold.job.queue)
+                if listening and hold is not None:
+                    told.append((transition, hold, is_written))
+        if told:
+            self._tell_ends(told)
         for name in queues & self._limited:
             self._woken(name)  # what ended may be what others wait for
         if self.config.max_jobs is not None or self.config.drain:
             self._claimer.wake()
+
+    def _tell_ends(self, ends: Sequence[tuple[Transition, _Hold, bool]]) -> None:
+        """Tell listeners of ends that were written, or refused."""
+        for transition, hold, is_written in ends:
+            if not is_written:
+                lost = event_of(EventName.LOST, hold.job, attempt=transition.attempt, reason=OUTCOME_REFUSED)
+                self._listeners.tell([lost])
+            else:  # of an older attempt, when the job was claimed again meanwhile
+                seconds = hold.ran_seconds if hold.job.attempt == transition.attempt else None
+                self._listeners.tell(events_of(transition, hold.job, seconds))
 
     # Heartbeat and sweep
 
@@ -894,6 +927,8 @@ class Worker:
             job.task,
             job.attempt,
         )
+        if EventName.LOST in self._listeners.wanted:
+            self._listeners.tell([event_of(EventName.LOST, job, reason=TAKEN)])
         if self._task_loop is not None:
             self._task_loop.call(self._cancel_async_job, job)
         if self.config.max_jobs is not None or self.config.drain:
@@ -922,6 +957,10 @@ class Worker:
                 return self.config.heartbeat_seconds
             retention.keep_dead_of_tasks(connection, self.pgq.tables, swept.dead, self._keep_dead)
             store.forget_silent_workers(connection, self.pgq.tables, seconds=SILENT_WORKER_SECONDS)
+            jobs = self.pgq._stored(
+                connection, [*swept.returned, *swept.dead], EventName.FAILED, EventName.RETRIED, EventName.DEAD
+            )
+        self._listeners.tell(told for job in jobs for told in events_of_swept(job))
         if swept.count:
             with self._lock:
                 self.report.swept += swept.count
@@ -942,6 +981,13 @@ class Worker:
     async def _dispose_async_engine(self) -> None:
         if self._async_engine is not None:
             await self._async_engine.dispose()
+
+
+def _with_middleware(definition: TaskDefinition, pgq: PgQueue) -> TaskDefinition:
+    if not pgq._run_middleware:
+        return definition
+    function = wrapped(definition.function, pgq._run_middleware, is_async=definition.is_async)
+    return definition.around(function)
 
 
 def _characters(transition: Transition) -> int:
