@@ -163,7 +163,7 @@ class InUse:
     tasks: Mapping[str, int] = field(default_factory=dict)  #: slots of each task's limit
     keys: Mapping[tuple[str, str], int] = field(default_factory=dict)  #: of each task and concurrency key
     tokens: Mapping[Bucket, float] = field(default_factory=dict)  #: left in each bucket; a missing one is full
-    leaders: Mapping[str, int] = field(default_factory=dict)  #: of each ordering key, the first job that is not final
+    leaders: Mapping[str, int] = field(default_factory=dict)  #: of each ordering key, the job that runs or is next
 
 
 @dataclass(slots=True)

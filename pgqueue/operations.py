@@ -16,7 +16,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from pgqueue import dialect, store
+from pgqueue import dialect, limits, store
 from pgqueue.dialect import id_among, now, seconds_from_now, seconds_since
 from pgqueue.errors import DuplicateJob, IllegalTransition, JobNotFound
 from pgqueue.job import FINAL_STATUSES, EventType, Job, JobStatus
@@ -199,10 +199,11 @@ def replay_job(connection: sa.Connection, tables: Tables, job_id: int, *, actor:
 def delete_job(connection: sa.Connection, tables: Tables, job_id: int, *, actor: str, reason: str | None) -> None:
     """Delete a job that is not running. What was recorded of it stays. Raises JobNotFound or IllegalTransition."""
     jobs = tables.jobs
-    before = _lock_job(connection, tables, job_id)
-    if before.status == JobStatus.RUNNING:
-        raise IllegalTransition(f"job {job_id} is running; cancel it first")
-    connection.execute(sa.delete(jobs).where(jobs.c.id == job_id))
+    with limits.passing_on(connection, tables, _bounded(job_id)):
+        before = _lock_job(connection, tables, job_id)
+        if before.status == JobStatus.RUNNING:
+            raise IllegalTransition(f"job {job_id} is running; cancel it first")
+        connection.execute(sa.delete(jobs).where(jobs.c.id == job_id))
     store.record_all(
         connection,
         tables,
@@ -233,7 +234,8 @@ def _change_job(
             f"job {job_id} is {before.status}; only a {' or '.join(allowed)} job can become {to_status}"
         )
     jobs = tables.jobs
-    connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(status=to_status, **values))
+    changed = {"status": to_status, "waits_for": sa.null(), **values}
+    connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(**changed))
     store.record_all(
         connection,
         tables,
@@ -453,6 +455,7 @@ def prune(
             jobs.c.id <= last_id,
             jobs.c.status.op("IN")(status),
             jobs.c.finished_at < long_ago,
+            limits.are_done_with(tables),
         )
         .order_by(jobs.c.id)
         .limit(limit)

@@ -270,6 +270,7 @@ def _jobs(metadata: sa.MetaData, prefix: str) -> sa.Table:
             "id",
             where="ordering_key IS NOT NULL AND status IN ('pending', 'running')",
         ),
+        _partial(prefix, "turn", "queue", "ordering_key", where="ordering_key IS NOT NULL AND status = 'running'"),
         _partial(prefix, "expiry", "expires_at", where="expires_at IS NOT NULL AND status = 'pending'"),
         _partial(prefix, "cancelling", "claimed_by", where="cancel_requested_at IS NOT NULL AND status = 'running'"),
         _partial(prefix, "prune", "prune_at", where="prune_at IS NOT NULL"),

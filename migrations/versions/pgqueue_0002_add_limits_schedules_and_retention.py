@@ -36,6 +36,7 @@ INDEXES: list[tuple[str, list[Any], str]] = [
     ),
     ("waiting", ["task", "waits_for", sa.text("priority DESC"), "run_at", "id"], "waits_for IS NOT NULL"),
     ("order", ["queue", "ordering_key", "id"], "ordering_key IS NOT NULL AND status IN ('pending', 'running')"),
+    ("turn", ["queue", "ordering_key"], "ordering_key IS NOT NULL AND status = 'running'"),
     ("expiry", ["expires_at"], "expires_at IS NOT NULL AND status = 'pending'"),
     ("cancelling", ["claimed_by"], "cancel_requested_at IS NOT NULL AND status = 'running'"),
     ("prune", ["prune_at"], "prune_at IS NOT NULL"),
