@@ -61,7 +61,7 @@ from pgqueue.executor import current_job
 
 # Jobs
 from pgqueue.handle import JobHandle
-from pgqueue.job import ClaimedJob, Job, JobStatus, OnConflict
+from pgqueue.job import ClaimedJob, Job, JobStatus, OnConflict, ReplayResult
 from pgqueue.middleware import EnqueueRequest
 from pgqueue.retry import Retry
 from pgqueue.version import VERSION as __version__
@@ -100,6 +100,7 @@ __all__ = [
     "PgqueueError",
     "QueueFull",
     "Rate",
+    "ReplayResult",
     "ResultTimeout",
     "Retry",
     "RetryAfter",

@@ -12,17 +12,17 @@ import time
 import uuid
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
 
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, object_session
 
-from pgqueue import limits, operations, retention, store
+from pgqueue import dead_letter, limits, operations, retention, store
 from pgqueue.actor import default_actor
 from pgqueue.actor import who as _who
 from pgqueue.actor import why as _why
@@ -49,6 +49,7 @@ from pgqueue.job import (
     OnConflict,
     Outcome,
     Released,
+    ReplayResult,
 )
 from pgqueue.limits import LimitsRow, Scope
 from pgqueue.middleware import (
@@ -59,6 +60,7 @@ from pgqueue.middleware import (
     run_middleware,
 )
 from pgqueue.notifier import WakeSender
+from pgqueue.operations import JobFilter
 from pgqueue.retry import DELAY_SECONDS_MAX, Retry, as_seconds, checked_max_retries, decide
 from pgqueue.scheduling import Schedules, new_schedule
 from pgqueue.schema import KEY_CHARACTERS_MAX, Tables, tables_for
@@ -100,6 +102,9 @@ BLOCKED_SECONDS_MIN, BLOCKED_SECONDS_MAX = 0.05, 0.5
 
 #: After so long the server ends the transaction of a claim, or of its end, in which a process froze.
 FROZEN_SECONDS = 30.0
+
+#: Jobs that one transaction replays or purges, and that one page has.
+BATCH_JOBS = PAGE_JOBS = 500
 
 #: The policy behind a `nack` with an error: what a task without settings of its own has.
 _DEFAULT_RETRY = Retry()
@@ -784,14 +789,34 @@ class PgQueue:
         status: str | None = None,
         queue: str | None = None,
         task: str | None = None,
+        error_type: str | None = None,
+        since: datetime | timedelta | float | None = None,
+        until: datetime | timedelta | float | None = None,
+        tags: Mapping[str, str] | None = None,
         before_id: int | None = None,
         limit: int = 50,
     ) -> list[_Job]:
         """Jobs that fit the filters, newest first. `before_id` continues after a page.
 
+        error_type: of the last failed attempt, such as "ValueError"; with its module, or without.
+        since, until: when the job became final, or was enqueued if it is still open: an aware datetime, or how long
+        ago (seconds or a timedelta).
+        tags: keys of the metadata, and the strings they must hold.
+
         Completed ones of a queue or task that has few among millions take long to find: see `page_of_jobs`.
         """
-        page = self.page_of_jobs(status=status, queue=queue, task=task, before_id=before_id, limit=limit, within=None)
+        page = self.page_of_jobs(
+            status=status,
+            queue=queue,
+            task=task,
+            error_type=error_type,
+            since=since,
+            until=until,
+            tags=tags,
+            before_id=before_id,
+            limit=limit,
+            within=None,
+        )
         return page.jobs
 
     def page_of_jobs(
@@ -800,6 +825,10 @@ class PgQueue:
         status: str | None = None,
         queue: str | None = None,
         task: str | None = None,
+        error_type: str | None = None,
+        since: datetime | timedelta | float | None = None,
+        until: datetime | timedelta | float | None = None,
+        tags: Mapping[str, str] | None = None,
         before_id: int | None = None,
         limit: int = 50,
         within: int | None = 100_000,
@@ -809,22 +838,40 @@ class PgQueue:
         within: look through so many jobs at most, None: through all. When that ends the page early, `complete` is
         false. Pending, running, dead and cancelled jobs are found by an index, and are always complete.
         """
-        if status is not None and status not in tuple(JobStatus):
-            raise ConfigurationError(f"status must be one of {', '.join(JobStatus)}, got {status!r}")
+        wanted = _job_filter(status, queue, task, error_type, since, until, tags)
         _checked_limit(limit)
         if within is not None and (not isinstance(within, int) or isinstance(within, bool) or within < 1):
             raise ConfigurationError(f"within must be at least 1, or None, got {within!r}")
         with self.reading() as connection:
             return operations.list_jobs(
-                connection,
-                self.tables,
-                status=status,
-                queue=queue,
-                task=task,
-                before_id=before_id,
-                limit=limit,
-                within=within,
+                connection, self.tables, wanted, before_id=before_id, limit=limit, within=within
             )
+
+    def iter_jobs(
+        self,
+        *,
+        status: str | None = None,
+        queue: str | None = None,
+        task: str | None = None,
+        error_type: str | None = None,
+        since: datetime | timedelta | float | None = None,
+        until: datetime | timedelta | float | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> Iterator[_Job]:
+        """All jobs that fit the filters (see `list_jobs`), oldest first, read in pages of 500: no transaction stays
+        open between two of them, and no more than one is held in memory."""
+        wanted = _job_filter(status, queue, task, error_type, since, until, tags)
+        return self._iter_jobs(wanted)
+
+    def _iter_jobs(self, wanted: JobFilter) -> Iterator[_Job]:
+        after_id = 0
+        while True:
+            with self.reading() as connection:
+                page = operations.jobs_after(connection, self.tables, wanted, after_id=after_id, limit=PAGE_JOBS)
+            yield from page
+            if len(page) < PAGE_JOBS:
+                return
+            after_id = page[-1].id
 
     def job_events(self, job_id: int) -> list[dict[str, Any]]:
         """What was recorded of a job beside its own row, oldest first."""
@@ -844,13 +891,268 @@ class PgQueue:
             return []
         return operations.get_jobs(connection, self.tables, job_ids)
 
-    def replay(self, job_id: int, *, reason: str | None = None, actor: str | None = None) -> None:
-        """Put a dead or cancelled job back to pending, with all its retries."""
-        with self.begin() as connection:
-            operations.replay_job(connection, self.tables, job_id, actor=_who(actor), reason=_why(reason))
-            queue = operations.get_job(connection, self.tables, job_id).queue
-        if self.tables.dialect_name == POSTGRESQL:
-            self._wake_sender({queue}, True)
+    @overload
+    def replay(
+        self,
+        ids: int,
+        *,
+        payload: Mapping[str, Any] | None = None,
+        session: SyncTransaction | None = None,
+        reason: str | None = None,
+        actor: str | None = None,
+    ) -> None: ...
+
+    @overload
+    def replay(
+        self,
+        ids: Iterable[int],
+        *,
+        payload: None = None,
+        session: SyncTransaction | None = None,
+        reason: str | None = None,
+        actor: str | None = None,
+    ) -> ReplayResult: ...
+
+    def replay(
+        self,
+        ids: int | Iterable[int],
+        *,
+        payload: Mapping[str, Any] | None = None,
+        session: SyncTransaction | None = None,
+        reason: str | None = None,
+        actor: str | None = None,
+    ) -> ReplayResult | None:
+        """Put dead or cancelled jobs back to pending, due now, with all their retries. Their history stays.
+
+        One id: raises JobNotFound, IllegalTransition, or DuplicateJob when an open job has its unique key meanwhile.
+        `payload` replaces its payload in the same transaction, as `edit` does.
+        Several ids: a result that names those that were replayed and those that were not, with the reason.
+        session: do it in your transaction instead of one of its own.
+        """
+        who, why = _who(actor), _why(reason)
+        if not isinstance(ids, Iterable):
+            job_id = _checked_id(ids)
+
+            def replay_one(connection: sa.Connection) -> dead_letter.Batch:
+                tables = self._tables_of(connection)
+                with connection.begin_nested() if payload is not None else nullcontext():
+                    if payload is not None:
+                        self._edit(connection, job_id, {"payload": payload}, who, why)
+                    queue = dead_letter.replay_job(connection, tables, job_id, actor=who, reason=why)
+                return dead_letter.Batch([job_id], queues=frozenset({queue}))
+
+            self._change("replay", session, replay_one)
+            return None
+        if payload is not None:
+            raise ConfigurationError("a payload belongs to one job: give replay() one id, not several")
+        if isinstance(ids, str | bytes):
+            raise ConfigurationError(f"replay() takes an id or several, got {type(ids).__name__}")
+        chosen = sorted({_checked_id(job_id) for job_id in ids})
+
+        def replay_some(some: Sequence[int], connection: sa.Connection) -> dead_letter.Batch:
+            return dead_letter.replay_ids(connection, self._tables_of(connection), some, actor=who, reason=why)
+
+        done: list[int] = []
+        skipped: dict[int, str] = {}
+        for start in range(0, len(chosen), BATCH_JOBS):
+            some = chosen[start : start + BATCH_JOBS]
+            batch = self._change("replay", session, functools.partial(replay_some, some))
+            done += batch.done
+            skipped |= batch.skipped
+        return ReplayResult(done, skipped)
+
+    def replay_where(
+        self,
+        *,
+        task: str | None = None,
+        queue: str | None = None,
+        error_type: str | None = None,
+        since: datetime | timedelta | float | None = None,
+        until: datetime | timedelta | float | None = None,
+        tags: Mapping[str, str] | None = None,
+        limit: int | None = None,
+        dry_run: bool = False,
+        replayed: Callable[[int], None] = lambda count: None,
+        session: SyncTransaction | None = None,
+        reason: str | None = None,
+        actor: str | None = None,
+    ) -> ReplayResult:
+        """Replay all dead jobs that fit the filters (see `list_jobs`; since and until: when they died), oldest first.
+
+        limit: at most so many. dry_run: change nothing, and say which they would be.
+        Works in short transactions, one for each batch of 500: what was replayed stays so when it is interrupted, and
+        the same call goes on with the rest. `replayed` is told the size of each batch. With `session` all of it
+        happens in your transaction instead.
+        A job that cannot be replayed, because an open job has its unique key, is left out and named in the result.
+        Jobs that another transaction is changing at this moment are left alone.
+        """
+        wanted = _job_filter(JobStatus.DEAD, queue, task, error_type, since, until, tags)
+        who, why = _who(actor), _why(reason)
+
+        def step(after_id: int, size: int, connection: sa.Connection) -> dead_letter.Batch:
+            tables = self._tables_of(connection)
+            if dry_run:
+                return dead_letter.would_replay(connection, tables, wanted, after_id=after_id, limit=size)
+            return dead_letter.replay_dead(
+                connection, tables, wanted, after_id=after_id, limit=size, actor=who, reason=why
+            )
+
+        done: list[int] = []
+        skipped: dict[int, str] = {}
+        for batch in self._batches("replay_where", session, step, limit):
+            done += batch.done
+            skipped |= batch.skipped
+            replayed(len(batch.done))
+        return ReplayResult(done, skipped)
+
+    def purge(
+        self,
+        *,
+        task: str | None = None,
+        queue: str | None = None,
+        error_type: str | None = None,
+        since: datetime | timedelta | float | None = None,
+        until: datetime | timedelta | float | None = None,
+        tags: Mapping[str, str] | None = None,
+        limit: int | None = None,
+        dry_run: bool = False,
+        purged: Callable[[int], None] = lambda count: None,
+        session: SyncTransaction | None = None,
+        reason: str | None = None,
+        actor: str | None = None,
+    ) -> int:
+        """Delete all dead jobs that fit the filters, as `replay_where` goes about it; how many.
+
+        Their events go with them, but for one each that says who deleted it, when and why.
+        """
+        wanted = _job_filter(JobStatus.DEAD, queue, task, error_type, since, until, tags)
+        who, why = _who(actor), _why(reason)
+        if dry_run:
+            if limit is not None:
+                _checked_limit(limit)
+            count = self._change(
+                "purge",
+                session,
+                lambda connection: dead_letter.Batch(
+                    range(dead_letter.count_dead(connection, self._tables_of(connection), wanted, limit=limit))
+                ),
+            )
+            return len(count.done)
+
+        def step(after_id: int, size: int, connection: sa.Connection) -> dead_letter.Batch:
+            return dead_letter.purge_dead(
+                connection, self._tables_of(connection), wanted, after_id=after_id, limit=size, actor=who, reason=why
+            )
+
+        total = 0
+        for batch in self._batches("purge", session, step, limit):
+            total += len(batch.done)
+            purged(len(batch.done))
+        return total
+
+    def _batches(
+        self,
+        call: str,
+        session: SyncTransaction | None,
+        step: Callable[[int, int, sa.Connection], dead_letter.Batch],
+        limit: int | None,
+    ) -> Iterator[dead_letter.Batch]:
+        """Take steps until nothing is left to do or `limit` jobs are done."""
+        if limit is not None:
+            _checked_limit(limit)
+        left, after_id = limit, 0
+        while left is None or left > 0:
+            size = BATCH_JOBS if left is None else min(BATCH_JOBS, left)
+            batch = self._change(call, session, functools.partial(step, after_id, size))
+            yield batch
+            if batch.after_id is None:
+                return
+            after_id = batch.after_id
+            left = None if left is None else left - len(batch.done)
+
+    def _change(
+        self,
+        call: str,
+        session: SyncTransaction | None,
+        work: Callable[[sa.Connection], dead_letter.Batch],
+    ) -> dead_letter.Batch:
+        """Do this in the transaction of `session`, or in one of its own; then wake the workers of its queues."""
+        if session is None:
+            with self.begin() as connection:
+                batch = work(connection)
+            if batch.queues and self.tables.dialect_name == POSTGRESQL:
+                self._wake_sender(set(batch.queues), True)
+            return batch
+        if isinstance(session, AsyncSession | AsyncConnection | async_scoped_session):
+            raise WrongSession(
+                f"{call}() takes a synchronous Session or Connection, got {type(session).__name__}; "
+                f"use: await session.run_sync(lambda session: pgq.{call}(…, session=session))"
+            )
+        target, connection = open_transaction(session, call, self._job_class)
+        with errors_explained(connection.engine.url):
+            batch = work(connection)
+        if connection.dialect.name == POSTGRESQL:
+            for queue in batch.queues:
+                wake_after_commit(target, connection, queue, self._wake_sender)
+        return batch
+
+    def edit(
+        self,
+        job_id: int,
+        *,
+        payload: Mapping[str, Any] | None = None,
+        priority: int | None = None,
+        max_retries: int | None = None,
+        session: SyncTransaction | None = None,
+        reason: str | None = None,
+        actor: str | None = None,
+    ) -> None:
+        """Change a job that is pending, dead or cancelled. `payload` replaces the whole payload.
+
+        The payload is checked against the task's signature where the task is registered here; otherwise it may be
+        anything JSON can carry. What changed is recorded by name, without the values.
+        Raises JobNotFound; IllegalTransition for a running or completed job; InvalidPayload; DuplicateJob when the new
+        payload gives the job a unique key that an open job has.
+        """
+        if payload is None and priority is None and max_retries is None:
+            raise ConfigurationError("edit() needs something to change: payload, priority or max_retries")
+        if priority is not None:
+            checked_priority(priority)
+        if max_retries is not None:
+            checked_max_retries(max_retries)
+        changes: dict[str, Any] = {"payload": payload, "priority": priority, "max_retries": max_retries}
+        who, why = _who(actor), _why(reason)
+
+        def edit_one(connection: sa.Connection) -> dead_letter.Batch:
+            self._edit(connection, _checked_id(job_id), changes, who, why)
+            return dead_letter.Batch([job_id])
+
+        self._change("edit", session, edit_one)
+
+    def _edit(
+        self, connection: sa.Connection, job_id: int, changes: Mapping[str, Any], actor: str, reason: str | None
+    ) -> None:
+        tables = self._tables_of(connection)
+        job = dead_letter.lock_for_edit(connection, tables, job_id)
+        values = {name: value for name, value in changes.items() if value is not None}
+        changed = sorted(values.keys() - {"payload"})
+        if "payload" in values:
+            task = self.tasks.get(job.task)
+            _require_mapping(values["payload"], job.task)
+            if task is None:
+                values["payload"] = encode_json(dict(values["payload"]), f"payload of task {job.task!r}")
+            else:
+                values["payload"] = task.definition.encode(values["payload"])
+            changed += _changed_keys(job.payload_json, values["payload"])
+        what = "changed " + (", ".join(changed) or "nothing")
+        dead_letter.edit_job(
+            connection,
+            tables,
+            job,
+            values,
+            actor=actor,
+            reason=clean(what if reason is None else f"{reason} ({what})", MESSAGE_CHARACTERS_MAX),
+        )
 
     def delete(self, job_id: int, *, reason: str | None = None, actor: str | None = None) -> None:
         """Delete a job that is not running; its events stay."""
@@ -1533,6 +1835,79 @@ def _checked_payloads(payloads: Iterable[Mapping[str, Any]]) -> list[Mapping[str
     if isinstance(payloads, str | bytes | Mapping) or not isinstance(payloads, Iterable):
         raise InvalidPayload(f"enqueue_many() takes an iterable of payloads, got {type(payloads).__name__}")
     return list(payloads)
+
+
+def _job_filter(
+    status: str | None,
+    queue: str | None,
+    task: str | None,
+    error_type: str | None,
+    since: datetime | timedelta | float | None,
+    until: datetime | timedelta | float | None,
+    tags: Mapping[str, str] | None,
+) -> JobFilter:
+    if status is not None and status not in tuple(JobStatus):
+        raise ConfigurationError(f"status must be one of {', '.join(JobStatus)}, got {status!r}")
+    for name, value in (("queue", queue), ("task", task), ("error_type", error_type)):
+        _checked_text(name, value)
+    if tags is not None:
+        if not isinstance(tags, Mapping):
+            raise ConfigurationError(f"tags must be a mapping of metadata keys to strings, got {type(tags).__name__}")
+        for key, value in tags.items():
+            _checked_text("a key of tags", key, is_optional=False)
+            _checked_text(f"the tag {key!r}", value, is_optional=False)
+    return JobFilter(
+        status, queue, task, error_type, _checked_moment("since", since), _checked_moment("until", until), tags
+    )
+
+
+def _checked_text(name: str, value: object, *, is_optional: bool = True) -> None:
+    if value is None and is_optional:
+        return
+    if not isinstance(value, str):
+        raise ConfigurationError(f"{name} must be a string, got {type(value).__name__}")
+    if "\0" in value or not _is_unicode(value):
+        raise ConfigurationError(f"{name} must not contain NUL characters or lone surrogates")
+
+
+def _checked_moment(name: str, value: datetime | timedelta | float | None) -> datetime | float | None:
+    """A moment, or how many seconds ago it was by the database's clock."""
+    if value is None:
+        return None
+    if isinstance(value, datetime):
+        if value.tzinfo is None or value.utcoffset() is None:
+            raise ConfigurationError(f"{name} must say its time zone, got the naive {value!r}")
+        if not RUN_AT_MIN <= value < RUN_AT_MAX:
+            raise ConfigurationError(
+                f"{name} must lie between the years {RUN_AT_MIN.year} and {RUN_AT_MAX.year}, got {value!r}"
+            )
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float | timedelta):
+        raise ConfigurationError(
+            f"{name} must be an aware datetime, or how long ago: seconds or a timedelta; got {type(value).__name__}"
+        )
+    seconds = _checked_duration(name, value)
+    if not 0 <= seconds <= DELAY_SECONDS_MAX:
+        raise ConfigurationError(f"{name} must be between 0 and {DELAY_SECONDS_MAX:.0f} seconds ago, got {value!r}")
+    return seconds
+
+
+def _checked_id(job_id: object) -> int:
+    if not isinstance(job_id, int) or isinstance(job_id, bool):
+        raise ConfigurationError(f"a job's id is a whole number, got {type(job_id).__name__}")
+    return job_id
+
+
+def _changed_keys(before_json: str, after_json: str) -> list[str]:
+    """Which keys of a payload were added, removed or changed; never their values."""
+    after = _decoded(after_json)
+    try:
+        before = _decoded(before_json)
+    except (ValueError, RecursionError):
+        return ["payload"]
+    absent = object()
+    keys = sorted(before.keys() | after.keys())
+    return [f"payload.{key}" for key in keys if before.get(key, absent) != after.get(key, absent)]
 
 
 def _require_mapping(payload: object, task: str) -> None:

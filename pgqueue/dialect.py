@@ -171,6 +171,25 @@ def _(element: json_of, compiler: SQLCompiler, **kw: Any) -> str:
     return compiler.process(element.clauses, **kw)
 
 
+class json_text(FunctionElement[str]):
+    """`json_text(column, key)`: the value at a key of a JSON object as text; NULL where there is no such object."""
+
+    type = sa.Text()
+    inherit_cache = True
+
+
+@compiles(json_text, POSTGRESQL)
+def _(element: json_text, compiler: SQLCompiler, **kw: Any) -> str:
+    column, key = (compiler.process(clause, **kw) for clause in element.clauses)
+    return f"({column} ->> {key})"
+
+
+@compiles(json_text, SQLITE)
+def _(element: json_text, compiler: SQLCompiler, **kw: Any) -> str:
+    column, key = (compiler.process(clause, **kw) for clause in element.clauses)
+    return f"CASE WHEN json_valid({column}) THEN CAST({column} ->> {key} AS TEXT) END"
+
+
 class _condition(FunctionElement[bool]):
     """Something that is true or false."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -196,6 +196,7 @@ class EventType(StrEnum):
     CANCEL = "cancel"
     REPLAY = "replay"  #: a final job put back to pending
     REPLACE = "replace"  #: an enqueue with the same unique key changed the pending job
+    EDIT = "edit"  #: somebody changed its payload or settings
     DELETE = "delete"
     PAUSE = "pause"  #: of a queue
     RESUME = "resume"  #: of a queue
@@ -238,3 +239,11 @@ class SweepResult:
     @property
     def count(self) -> int:
         return len(self.returned) + len(self.dead)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayResult:
+    """What became of the jobs that were to be replayed."""
+
+    replayed: Sequence[int] = field(default=())  #: pending again; after a dry run: those that would be
+    skipped: Mapping[int, str] = field(default_factory=dict)  #: left as they are, and why

@@ -9,16 +9,22 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
 
+<<<<<<< HEAD
 from pgqueue import dialect, limits, store
 from pgqueue.dialect import id_among, now, seconds_from_now, seconds_since
 from pgqueue.errors import DuplicateJob, IllegalTransition, JobNotFound
+=======
+from pgqueue import dialect, store
+from pgqueue.dialect import UTCDateTime, id_among, json_text, now, seconds_from_now, seconds_since
+from pgqueue.errors import IllegalTransition, JobNotFound
+>>>>>>> da5da0d (Replay, edit, purge and export dead jobs, one or all that fit a filter)
 from pgqueue.job import FINAL_STATUSES, EventType, Job, JobStatus
 from pgqueue.schema import CLAIMABLE, Tables
 
@@ -41,9 +47,60 @@ PRUNE_WINDOW_JOBS = 5_000
 # What people do to single jobs -----------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class JobFilter:
+    """Which jobs are meant; every condition that is given must hold."""
+
+    status: str | None = None
+    queue: str | None = None
+    task: str | None = None
+    error_type: str | None = None  #: of the last failed attempt, with its module or without
+    since: datetime | float | None = None  #: final, or enqueued when still open, since then, or so many seconds ago
+    until: datetime | float | None = None  #: likewise, before then
+    tags: Mapping[str, str] | None = None  #: keys of metadata and their values
+
+
+def conditions(jobs: sa.FromClause, wanted: JobFilter) -> list[sa.ColumnElement[bool]]:
+    """A filter as conditions on jobs, or on a subquery with their columns."""
+    found: list[sa.ColumnElement[bool]] = []
+    if wanted.status is not None:
+        found.append(jobs.c.status == sa.literal_column(f"'{JobStatus(wanted.status)}'"))
+    if wanted.queue is not None:
+        found.append(jobs.c.queue == wanted.queue)
+    if wanted.task is not None:
+        found.append(jobs.c.task == wanted.task)
+    if wanted.error_type is not None:
+        found.append(_is_named(json_text(jobs.c.error, sa.literal("type", sa.Text())), wanted.error_type))
+    moment = (
+        jobs.c.finished_at
+        if wanted.status in FINAL_STATUSES
+        else sa.func.coalesce(jobs.c.finished_at, jobs.c.created_at, type_=UTCDateTime())
+    )
+    if wanted.since is not None:
+        found.append(moment >= _moment(wanted.since))
+    if wanted.until is not None:
+        found.append(moment < _moment(wanted.until))
+    for key, value in (wanted.tags or {}).items():
+        found.append(json_text(jobs.c.metadata, sa.literal(key, sa.Text())) == value)
+    return found
+
+
+def _is_named(error_type: Any, name: str) -> sa.ColumnElement[bool]:
+    """Whether an error's type is this class: with its module, as it is stored, or without."""
+    ending = f".{name}"
+    end = sa.func.substr(error_type, sa.func.length(error_type) - (len(ending) - 1), type_=sa.Text())
+    return sa.or_(error_type == name, end == ending)
+
+
+def _moment(value: datetime | float) -> Any:
+    if isinstance(value, datetime):
+        return sa.literal(value, UTCDateTime())
+    return seconds_from_now(sa.literal(-value, sa.Float()))
+
+
 def get_job(connection: sa.Connection, tables: Tables, job_id: int) -> Job:
     """The job with that id, as a plain object; JSON that Python cannot read stays text. Raises JobNotFound."""
-    row = connection.execute(_readable(tables.jobs).where(tables.jobs.c.id == _bounded(job_id))).one_or_none()
+    row = connection.execute(_readable(tables.jobs).where(tables.jobs.c.id == bounded(job_id))).one_or_none()
     if row is None:
         raise JobNotFound(f"there is no job {job_id}; it may have been deleted or pruned")
     return Job(**_read(tables.jobs, row))
@@ -67,10 +124,8 @@ class JobPage:
 def list_jobs(
     connection: sa.Connection,
     tables: Tables,
+    wanted: JobFilter = JobFilter(),
     *,
-    status: str | None = None,
-    queue: str | None = None,
-    task: str | None = None,
     before_id: int | None = None,
     limit: int = 50,
     within: int | None = None,
@@ -80,17 +135,11 @@ def list_jobs(
     within: look through so many jobs at most where no index leads to those that fit; None: through all.
     """
     jobs = tables.jobs
-    filters: list[Callable[[Any], sa.ColumnElement[bool]]] = []
-    if status is not None:
-        filters.append(lambda table: table.c.status == sa.literal_column(f"'{JobStatus(status)}'"))
-    if queue is not None:
-        filters.append(lambda table: table.c.queue == queue)
-    if task is not None:
-        filters.append(lambda table: table.c.task == task)
-    newer = [jobs.c.id < _bounded(before_id)] if before_id is not None else []
+    status = wanted.status
+    newer = [jobs.c.id < bounded(before_id)] if before_id is not None else []
 
-    def page(table: sa.FromClause, *conditions: sa.ColumnElement[bool], order: Any = None) -> list[Job]:
-        query = _readable(table).where(*(fits(table) for fits in filters), *conditions).limit(limit)
+    def page(table: sa.FromClause, *more: sa.ColumnElement[bool], order: Any = None) -> list[Job]:
+        query = _readable(table).where(*conditions(table, wanted), *more).limit(limit)
         query = query.order_by(table.c.id.desc() if order is None else order)
         return [Job(**_read(jobs, row)) for row in connection.execute(query)]
 
@@ -104,9 +153,9 @@ def list_jobs(
         found = newest(max(NEWEST_JOBS, 2 * limit))
         if len(found) < limit:
             parts = _parts(jobs, OPEN_CONDITIONS[JobStatus(status)], jobs.columns)
-            newer = [parts.c.id < _bounded(before_id)] if before_id is not None else []
+            newer = [parts.c.id < bounded(before_id)] if before_id is not None else []
             found = page(parts, *newer, order=sa.desc(parts.c.id + sa.literal_column("0")))
-    elif status in (JobStatus.DEAD, JobStatus.CANCELLED) or within is None or not filters:
+    elif status in (JobStatus.DEAD, JobStatus.CANCELLED) or within is None or wanted == JobFilter():
         found = page(jobs, *newer)
     else:
         found = newest(within)
@@ -117,14 +166,21 @@ def list_jobs(
     return JobPage(found, found[-1].id if len(found) == limit else None)
 
 
+def jobs_after(connection: sa.Connection, tables: Tables, wanted: JobFilter, *, after_id: int, limit: int) -> list[Job]:
+    """Jobs that fit the filter, oldest first, from the first one after `after_id`."""
+    jobs = tables.jobs
+    query = _readable(jobs).where(jobs.c.id > after_id, *conditions(jobs, wanted)).order_by(jobs.c.id).limit(limit)
+    return [Job(**_read(jobs, row)) for row in connection.execute(query)]
+
+
 def list_events(connection: sa.Connection, tables: Tables, job_id: int) -> list[dict[str, Any]]:
     """What was recorded of a job, oldest first."""
     events = tables.job_events
-    query = _readable(events).where(events.c.job_id == _bounded(job_id)).order_by(events.c.id)
+    query = _readable(events).where(events.c.job_id == bounded(job_id)).order_by(events.c.id)
     return [_read(events, row) for row in connection.execute(query)]
 
 
-def _bounded(job_id: int) -> int:
+def bounded(job_id: int) -> int:
     """The nearest id that fits into the column: what people type may be longer."""
     return max(-(2**63), min(job_id, 2**63 - 1))
 
@@ -152,7 +208,7 @@ def _read(table: sa.Table, row: sa.Row[Any]) -> dict[str, Any]:
 def cancel_job(connection: sa.Connection, tables: Tables, job_id: int, *, actor: str, reason: str | None) -> None:
     """Withdraw a job that is not final. A running one is finished as cancelled: what its worker writes later is
     refused by the fence. Raises JobNotFound or IllegalTransition."""
-    _change_job(
+    change_job(
         connection,
         tables,
         job_id,
@@ -165,45 +221,21 @@ def cancel_job(connection: sa.Connection, tables: Tables, job_id: int, *, actor:
     )
 
 
-def replay_job(connection: sa.Connection, tables: Tables, job_id: int, *, actor: str, reason: str | None) -> None:
-    """Put a dead or cancelled job back to pending, due now, with all its retries.
-
-    Raises JobNotFound, IllegalTransition, or DuplicateJob when another open job has its unique key meanwhile.
-    """
-    try:
-        with connection.begin_nested():
-            _change_job(
-                connection,
-                tables,
-                job_id,
-                allowed=(JobStatus.DEAD, JobStatus.CANCELLED),
-                event=EventType.REPLAY,
-                to_status=JobStatus.PENDING,
-                actor=actor,
-                reason=reason,
-                values={
-                    "retries": 0,
-                    "finished_at": sa.null(),
-                    "run_at": now(),
-                    "expires_at": sa.null(),
-                    "prune_at": sa.null(),
-                    "progress": sa.null(),
-                },
-            )
-    except sa.exc.IntegrityError:
-        raise DuplicateJob(
-            f"job {job_id} cannot be replayed: another job of its task with the same unique key is pending or running"
-        ) from None
-
-
 def delete_job(connection: sa.Connection, tables: Tables, job_id: int, *, actor: str, reason: str | None) -> None:
     """Delete a job that is not running. What was recorded of it stays. Raises JobNotFound or IllegalTransition."""
     jobs = tables.jobs
+<<<<<<< HEAD
     with limits.passing_on(connection, tables, _bounded(job_id)):
         before = _lock_job(connection, tables, job_id)
         if before.status == JobStatus.RUNNING:
             raise IllegalTransition(f"job {job_id} is running; cancel it first")
         connection.execute(sa.delete(jobs).where(jobs.c.id == job_id))
+=======
+    before = lock_job(connection, tables, job_id)
+    if before.status == JobStatus.RUNNING:
+        raise IllegalTransition(f"job {job_id} is running; cancel it first")
+    connection.execute(sa.delete(jobs).where(jobs.c.id == job_id))
+>>>>>>> da5da0d (Replay, edit, purge and export dead jobs, one or all that fit a filter)
     store.record_all(
         connection,
         tables,
@@ -216,7 +248,7 @@ def delete_job(connection: sa.Connection, tables: Tables, job_id: int, *, actor:
     )
 
 
-def _change_job(
+def change_job(
     connection: sa.Connection,
     tables: Tables,
     job_id: int,
@@ -228,7 +260,8 @@ def _change_job(
     reason: str | None,
     values: Mapping[str, Any],
 ) -> None:
-    before = _lock_job(connection, tables, job_id)
+    """Change one job if its status allows it, and record that. Raises JobNotFound or IllegalTransition."""
+    before = lock_job(connection, tables, job_id)
     if before.status not in allowed:
         raise IllegalTransition(
             f"job {job_id} is {before.status}; only a {' or '.join(allowed)} job can become {to_status}"
@@ -248,11 +281,21 @@ def _change_job(
     )
 
 
-def _lock_job(connection: sa.Connection, tables: Tables, job_id: int) -> sa.Row[Any]:
+def lock_job(connection: sa.Connection, tables: Tables, job_id: int, *more: sa.ColumnElement[Any]) -> sa.Row[Any]:
+    """What an event says of a job, and `more`; nobody else changes it before this transaction ends."""
     jobs = tables.jobs
     found: Any = connection.execute(
-        sa.select(jobs.c.id, jobs.c.queue, jobs.c.task, jobs.c.attempt, jobs.c.status)
-        .where(jobs.c.id == _bounded(job_id))
+        sa.select(
+            jobs.c.id,
+            jobs.c.queue,
+            jobs.c.task,
+            jobs.c.attempt,
+            jobs.c.status,
+            jobs.c.claimed_by,
+            jobs.c.claimed_at,
+            *more,
+        )
+        .where(jobs.c.id == bounded(job_id))
         .with_for_update()
     ).one_or_none()
     if found is None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -18,6 +21,7 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 from rich.table import Table
 from rich.text import Text
 
+from pgqueue.errors import ConfigurationError
 from pgqueue.job import Job
 
 #: What of a job is not shown: the token is what lets a worker write.
@@ -124,6 +128,45 @@ class Output:
 
     def _print(self, text: str) -> None:
         _write(sys.stdout, text)
+
+
+@contextmanager
+def lines_to(path: Path | None, *, replace: bool = False) -> Iterator[Callable[[str], None]]:
+    """A function that writes a line: to standard output, or to a file that is there once all of it is written.
+
+    The file is for its owner only. ConfigurationError when it is there already, unless `replace`, or cannot be made.
+    """
+    if path is None:
+        yield lambda line: _write(sys.stdout, line)
+        return
+    if path.exists() and not replace:
+        raise ConfigurationError(f"there is already a file {path}; give another name, or replace it with --force")
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 0600
+    except OSError as error:
+        raise ConfigurationError(f"cannot write {path}: {error.strerror}") from None
+    unfinished = Path(name)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            yield lambda line: print(line, file=file)
+            file.flush()
+            os.fsync(file.fileno())
+        if replace:
+            unfinished.replace(path)
+        else:
+            _publish(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _publish(unfinished: Path, path: Path) -> None:
+    """Give a file its name, unless somebody else took it meanwhile."""
+    try:
+        os.link(unfinished, path)
+    except FileExistsError:
+        raise ConfigurationError(f"there is already a file {path}; give another name") from None
+    except OSError:  # a file system without hard links
+        unfinished.replace(path)
 
 
 def print_error(text: str) -> None:

@@ -337,6 +337,8 @@ def _job_events(metadata: sa.MetaData, prefix: str) -> sa.Table:
         sa.Column("to_status", sa.Text, comment="of the job after"),
         sa.Column("reason", sa.Text, comment="why, in words"),
         sa.Column("error", JSONDocument, comment="type, message and traceback of a failed attempt"),
+        sa.Column("worker", sa.Text, comment="which made the attempt that this ended"),
+        sa.Column("claimed_at", UTCDateTime, comment="when that attempt began"),
         sa.Index(f"{prefix}job_events_job", "job_id", "id"),
         comment="pgqueue: append-only; every change of a job that is not the happy path, which its own row records",
         sqlite_autoincrement=True,
@@ -502,5 +504,7 @@ def _unique_periods(metadata: sa.MetaData, prefix: str) -> sa.Table:
         sa.Column("unique_key", sa.Text, primary_key=True, comment="of the job"),
         sa.Column("until", UTCDateTime, nullable=False, comment="no second job with this key before"),
         sa.Column("job_id", sa.BigInteger, comment="the job that was enqueued"),
+        sa.CheckConstraint(_are_readable("until", flat=bool(prefix)), name="until"),
+        sa.Index(f"{prefix}unique_periods_until", "until"),
         comment="pgqueue: unique keys that outlast their job",
     )

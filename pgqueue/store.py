@@ -28,6 +28,7 @@ from pgqueue.errors import DuplicateJob
 from pgqueue.job import (
     ClaimedJob,
     EnqueueResult,
+    ErrorInfo,
     EventType,
     JobStatus,
     NewJob,
@@ -66,6 +67,9 @@ CONFLICT_ROUNDS_MAX = 5
 
 #: The last number of an attempt that the column can hold.
 ATTEMPT_MAX: sa.ColumnClause[int] = sa.literal_column("2147483647")
+
+#: The error of an attempt that a sweep ended.
+WORKER_LOST = ErrorInfo("WorkerLost", "the worker did not finish within its lease")
 
 Claim = tuple[int, uuid.UUID]  # a job's id and the token it was claimed with
 
@@ -537,6 +541,8 @@ def finish(connection: sa.Connection, tables: Tables, transitions: Sequence[Tran
                     "to_status": transition.status,
                     "reason": transition.reason,
                     "error": transition.error.as_dict() if transition.error else None,
+                    "worker": moved[transition.job_id].claimed_by,
+                    "claimed_at": moved[transition.job_id].claimed_at,
                 }
                 for transition in others
                 if transition.job_id in moved
@@ -665,7 +671,7 @@ def _move(tables: Tables) -> sa.Update:
             error=sa.func.coalesce(json_of(finished.c.error), jobs.c.error),
             finished_at=sa.case((finished.c.status != PENDING, now())),
         )
-        .returning(jobs.c.id, jobs.c.queue, jobs.c.task)
+        .returning(jobs.c.id, jobs.c.queue, jobs.c.task, jobs.c.claimed_by, jobs.c.claimed_at)
     )
 
 
@@ -676,7 +682,7 @@ def release_claim(connection: sa.Connection, tables: Tables, token: uuid.UUID, *
         sa.update(jobs)
         .where(jobs.c.status == RUNNING, jobs.c.claim_token == token)
         .values(status=PENDING, claim_token=sa.null(), claim_expires_at=sa.null())
-        .returning(jobs.c.id, jobs.c.queue, jobs.c.task, jobs.c.attempt)
+        .returning(jobs.c.id, jobs.c.queue, jobs.c.task, jobs.c.attempt, jobs.c.claimed_by, jobs.c.claimed_at)
     ).all()
     record_all(
         connection,
@@ -708,6 +714,7 @@ def sweep(connection: sa.Connection, tables: Tables, *, limit: int, actor: str) 
             from_status=JobStatus.RUNNING,
             to_status=status,
             reason=lambda row: f"the lease of {row.claimed_by} ran out",
+            error=WORKER_LOST,
         )
     return SweepResult(
         returned=[row.id for row in swept if row.status == JobStatus.PENDING],
@@ -726,7 +733,6 @@ def _sweep(tables: Tables) -> sa.Update:
         .with_for_update(skip_locked=True)
     )
     exhausted = jobs.c.retries >= jobs.c.max_retries
-    lost = '{"type": "WorkerLost", "message": "the worker did not finish within its lease", "traceback": ""}'
     return (
         sa.update(jobs)
         .where(id_in(jobs.c.id, expired.scalar_subquery()))
@@ -736,9 +742,17 @@ def _sweep(tables: Tables) -> sa.Update:
             finished_at=sa.case((exhausted, now())),
             claim_token=sa.null(),
             claim_expires_at=sa.null(),
-            error=json_of(sa.literal(lost, sa.Text())),
+            error=json_of(sa.literal(json.dumps(WORKER_LOST.as_dict()), sa.Text())),
         )
-        .returning(jobs.c.id, jobs.c.queue, jobs.c.task, jobs.c.attempt, jobs.c.status, jobs.c.claimed_by)
+        .returning(
+            jobs.c.id,
+            jobs.c.queue,
+            jobs.c.task,
+            jobs.c.attempt,
+            jobs.c.status,
+            jobs.c.claimed_by,
+            jobs.c.claimed_at,
+        )
     )
 
 
@@ -823,8 +837,13 @@ def record_all(
     from_status: str | None,
     to_status: str | None,
     reason: Any,
+    error: ErrorInfo | None = None,
 ) -> None:
-    """The same event for each row of jobs; `reason` is a text or a function from the row to one."""
+    """The same event for each row of jobs; `reason` is a text or a function from the row to one.
+
+    What ended an attempt (from running) also says whose it was and when it began.
+    """
+    ended = from_status == JobStatus.RUNNING
     record(
         connection,
         tables,
@@ -839,6 +858,9 @@ def record_all(
                 "from_status": from_status,
                 "to_status": to_status,
                 "reason": reason(row) if callable(reason) else reason,
+                "error": error.as_dict() if error else None,
+                "worker": row.claimed_by if ended else None,
+                "claimed_at": row.claimed_at if ended else None,
             }
             for row in rows
         ],

@@ -11,7 +11,7 @@ POSTGRESQL = {
         SELECT c.relname, a.attnum, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity,
                pg_get_expr(d.adbin, d.adrelid), col_description(c.oid, a.attnum)
           FROM pg_attribute AS a
-          JOIN pg_class AS c ON c.oid = a.attrelid AND c.relkind = 'r'
+          JOIN pg_class AS c ON c.oid = a.attrelid AND c.relkind IN ('r', 'v')
           LEFT JOIN pg_attrdef AS d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
          WHERE c.relnamespace = CAST(:schema AS regnamespace) AND a.attnum > 0 AND NOT a.attisdropped
          ORDER BY 1, 2
@@ -28,8 +28,11 @@ POSTGRESQL = {
     "tables": """
         SELECT relname, obj_description(oid, 'pg_class')
           FROM pg_class
-         WHERE relnamespace = CAST(:schema AS regnamespace) AND relkind = 'r'
+         WHERE relnamespace = CAST(:schema AS regnamespace) AND relkind IN ('r', 'v')
          ORDER BY 1
+    """,
+    "views": """
+        SELECT viewname, definition FROM pg_views WHERE schemaname = :schema ORDER BY 1
     """,
     "functions": """
         SELECT proname, pg_get_functiondef(oid), obj_description(oid, 'pg_proc')

@@ -75,10 +75,15 @@ def upgrade() -> None:
     for name, columns, where in INDEXES:
         _index(schema, prefix, "jobs", name, columns, where)
     _create_tables(schema, prefix)
+    _add_columns_of_events(schema, prefix)
+    _create_view(schema, prefix)
 
 
 def downgrade() -> None:
     schema, prefix = _where()
+    op.execute(f"DROP VIEW {_name(schema, prefix, 'dead_jobs')}")
+    for column, _, _ in reversed(_event_columns(schema)):
+        op.execute(f"ALTER TABLE {_name(schema, prefix, 'job_events')} DROP COLUMN {column}")
     for table in ("unique_periods", "schedule_ticks", "schedules", "rate_buckets", "limits"):
         op.drop_table(f"{prefix}{table}", schema=schema)
     for name, _, _ in reversed(INDEXES):
@@ -271,10 +276,77 @@ def _create_tables(schema: str | None, prefix: str) -> None:
         sa.Column("unique_key", sa.Text(), nullable=False, comment="of the job"),
         sa.Column("until", moment, nullable=False, comment="no second job with this key before"),
         sa.Column("job_id", sa.BigInteger(), comment="the job that was enqueued"),
+        sa.CheckConstraint(_readable("until"), name=op.f(f"ck_{prefix}unique_periods_until")),
         sa.PrimaryKeyConstraint("task", "unique_key", name=op.f(f"pk_{prefix}unique_periods")),
         schema=schema,
         comment="pgqueue: unique keys that outlast their job",
     )
+    op.create_index(f"{prefix}unique_periods_until", f"{prefix}unique_periods", ["until"], schema=schema)
+
+
+def _event_columns(schema: str | None) -> list[tuple[str, sa.types.TypeEngine[Any], str]]:
+    return [
+        ("worker", sa.Text(), "which made the attempt that this ended"),
+        ("claimed_at", _moment(schema), "when that attempt began"),
+    ]
+
+
+def _add_columns_of_events(schema: str | None, prefix: str) -> None:
+    for name, type_, comment in _event_columns(schema):
+        op.add_column(f"{prefix}job_events", sa.Column(name, type_, comment=comment), schema=schema)
+
+
+#: The columns of the view dead_jobs: name, expression on PostgreSQL, the same on SQLite, comment.
+DEAD_JOBS = [
+    ("id", "id", "id", "of the job"),
+    ("queue", "queue", "queue", "the named line it waited in"),
+    ("task", "task", "task", "registered name of the function"),
+    (
+        "error_type",
+        "error ->> 'type'",
+        "CASE WHEN json_valid(error) THEN error ->> 'type' END",
+        "class of the last failed attempt's error",
+    ),
+    (
+        "error_message",
+        "error ->> 'message'",
+        "CASE WHEN json_valid(error) THEN error ->> 'message' END",
+        "message of that error",
+    ),
+    (
+        "error_traceback",
+        "error ->> 'traceback'",
+        "CASE WHEN json_valid(error) THEN error ->> 'traceback' END",
+        "traceback of that error",
+    ),
+    ("attempts", "attempt", "attempt", "how often it was claimed"),
+    ("retries", "retries", "retries", "failed attempts that were charged"),
+    ("max_retries", "max_retries", "max_retries", "retries that were allowed"),
+    ("worker", "claimed_by", "claimed_by", "of the last attempt"),
+    ("created_at", "created_at", "created_at", "when it was enqueued"),
+    ("claimed_at", "claimed_at", "claimed_at", "when the last attempt began"),
+    ("died_at", "finished_at", "finished_at", "when it became dead"),
+    (
+        "age_seconds",
+        "CAST(extract(epoch FROM now() - finished_at) AS double precision)",
+        "(julianday('now') - julianday(finished_at)) * 86400.0",
+        "since it died",
+    ),
+    ("unique_key", "unique_key", "unique_key", "as in jobs"),
+    ("payload", "payload", "payload", "keyword arguments of the task"),
+    ("metadata", "metadata", "metadata", "headers, trace context, tags"),
+]
+
+
+def _create_view(schema: str | None, prefix: str) -> None:
+    view = _name(schema, prefix, "dead_jobs")
+    columns = ", ".join(f"{flat if schema is None else full} AS {name}" for name, full, flat, _ in DEAD_JOBS)
+    op.execute(f"CREATE VIEW {view} AS SELECT {columns} FROM {_jobs(schema, prefix)} WHERE status = 'dead'")
+    if schema is not None:
+        op.execute(f"COMMENT ON VIEW {view} IS 'pgqueue: jobs that will not run again by themselves'")
+        for name, _, _, comment in DEAD_JOBS:
+            quoted = comment.replace("'", "''")
+            op.execute(f"COMMENT ON COLUMN {view}.{name} IS '{quoted}'")
 
 
 def _moment(schema: str | None) -> sa.types.TypeEngine[Any]:
@@ -292,8 +364,12 @@ def _readable(column: str) -> str:
 
 
 def _jobs(schema: str | None, prefix: str) -> str:
+    return _name(schema, prefix, "jobs")
+
+
+def _name(schema: str | None, prefix: str, name: str) -> str:
     quote = op.get_context().dialect.identifier_preparer.quote
-    return quote(f"{prefix}jobs") if schema is None else f"{quote(schema)}.jobs"
+    return quote(f"{prefix}{name}") if schema is None else f"{quote(schema)}.{name}"
 
 
 def _index(schema: str | None, prefix: str, table: str, name: str, columns: list[Any], where: str) -> None:

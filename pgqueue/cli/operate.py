@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from pgqueue.cli.enqueue import parse_payload, payload_file
 from pgqueue.cli.opening import actor, opened
-from pgqueue.cli.parameters import JobId, JobIds, QueueNames, Reason, duration_option
-from pgqueue.cli.program import OK, Settings, app, command, exit_code
-from pgqueue.errors import DuplicateJob, IllegalTransition, JobNotFound
+from pgqueue.cli.parameters import (
+    ID_MAX,
+    DryRun,
+    ErrorFilter,
+    JobId,
+    JobIds,
+    Limit,
+    QueueFilter,
+    QueueNames,
+    Reason,
+    Since,
+    Tags,
+    TaskFilter,
+    Until,
+    Yes,
+    duration_option,
+)
+from pgqueue.cli.program import FAILURE, OK, Settings, app, command, exit_code
+from pgqueue.errors import ConfigurationError, DuplicateJob, IllegalTransition, JobNotFound
 from pgqueue.job import JobStatus
 from pgqueue.operations import FINISHED, QueueSummary
-from pgqueue.output import Format, job_row, print_error
+from pgqueue.output import Format, ask, job_row, lines_to, print_error, to_json
 
 STATUSES = ", ".join(JobStatus)
 
@@ -22,7 +40,7 @@ Exact = Annotated[bool, typer.Option("--exact", help="Count finished jobs too, h
 
 jobs = typer.Typer(no_args_is_help=True)
 queues = typer.Typer(no_args_is_help=True)
-app.add_typer(jobs, name="jobs", help="Look at jobs; retry, cancel or delete them.")
+app.add_typer(jobs, name="jobs", help="Look at jobs; replay, edit, cancel, delete or export them.")
 app.add_typer(queues, name="queues", help="Look at queues; pause and resume them.")
 
 
@@ -77,8 +95,12 @@ def list_jobs(
     status: Annotated[
         JobStatus | None, typer.Option("--status", metavar="STATUS", help=f"Only jobs that are {STATUSES}.")
     ] = None,
-    queue: Annotated[str | None, typer.Option("--queue", metavar="NAME", help="Only jobs of this queue.")] = None,
-    task: Annotated[str | None, typer.Option("--task", metavar="NAME", help="Only jobs of this task.")] = None,
+    queue: QueueFilter = None,
+    task: TaskFilter = None,
+    error_type: ErrorFilter = None,
+    since: Since = None,
+    until: Until = None,
+    tags: Tags = None,
     limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, max=100_000, help="At most so many.")] = 50,
     before: Annotated[
         int | None, typer.Option("--before", metavar="ID", help="Only jobs older than this one: the next page.")
@@ -93,10 +115,11 @@ def list_jobs(
     For the next page, give the last id to --before.
 
     Example:
-      pgqueue jobs list --status dead --queue images -o json
+      pgqueue jobs list --status dead --error-type ValueError --since 2h -o json
     """
+    filters = _filters(queue, task, error_type, since, until, tags)
     with opened(settings) as pgq:
-        page = pgq.page_of_jobs(status=status, queue=queue, task=task, before_id=before, limit=limit, within=within)
+        page = pgq.page_of_jobs(status=status, before_id=before, limit=limit, within=within, **filters)
     output = settings.printer()
     output.rows(
         [job_row(job) for job in page.jobs],
@@ -104,6 +127,24 @@ def list_jobs(
     )
     if not page.complete:
         output.note(f"looked through {within} jobs; for older ones: --before {page.before_id}")
+
+
+def _filters(
+    queue: str | None,
+    task: str | None,
+    error_type: str | None,
+    since: Any,
+    until: Any,
+    tags: list[tuple[str, str]] | None,
+) -> dict[str, Any]:
+    return {
+        "queue": queue,
+        "task": task,
+        "error_type": error_type,
+        "since": since,
+        "until": until,
+        "tags": dict(tags) if tags else None,
+    }
 
 
 @command(jobs, "show")
@@ -120,11 +161,209 @@ def show_job(
     )
 
 
-@command(jobs, "retry")
-def retry_jobs(settings: Settings, job_ids: JobIds, reason: Reason = None) -> None:
-    """Put dead or cancelled jobs back to pending, due now, with all their retries."""
+@command(jobs, "replay")
+def replay_jobs(
+    settings: Settings,
+    job_ids: Annotated[
+        list[int] | None,
+        typer.Argument(metavar="ID", min=1, max=ID_MAX, show_default=False, help="Their ids; or give filters."),
+    ] = None,
+    queue: QueueFilter = None,
+    task: TaskFilter = None,
+    error_type: ErrorFilter = None,
+    since: Since = None,
+    until: Until = None,
+    tags: Tags = None,
+    every: Annotated[bool, typer.Option("--all", help="Replay all dead jobs.")] = False,
+    limit: Limit = None,
+    payload: Annotated[
+        str | None,
+        typer.Option("--payload", metavar="JSON|@FILE|-", help="Of one job: give it this payload first."),
+    ] = None,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    reason: Reason = None,
+) -> None:
+    """Put dead or cancelled jobs back to pending, due now, with all their retries.
+
+    By ids, or all dead jobs that fit the filters. One that cannot be, because an
+    open job has its unique key, is left out and named.
+
+    Examples:
+      pgqueue jobs replay 17 18 --reason "the provider is back"
+      pgqueue jobs replay --task mail --error-type ConnectionError --since 2h --dry-run
+      pgqueue jobs replay 17 --payload '{"file": "b.jpg"}'
+    """
+    filters = _filters(queue, task, error_type, since, until, tags)
+    if job_ids:
+        if _is_filtered(filters) or every or limit is not None or dry_run:
+            raise ConfigurationError("give either ids or filters (--task, --all, --dry-run, …), not both")
+        _replay_ids(settings, job_ids, payload, reason)
+        return
+    if payload is not None:
+        raise ConfigurationError("--payload is for one job: give its id")
+    _require_filter(filters, every, "replay")
+    output = settings.printer()
     with opened(settings) as pgq:
-        _for_each(settings, job_ids, JobStatus.PENDING, lambda job: pgq.replay(job, reason=reason, actor=actor()))
+        planned = pgq.replay_where(limit=limit, dry_run=True, **filters) if dry_run or not yes else None
+        if planned is not None and not dry_run and not _confirmed(len(planned.replayed), "Replay", yes):
+            output.note("nothing was replayed")
+            raise typer.Exit(FAILURE)
+        if dry_run:
+            result = planned
+        else:
+            with output.progress("jobs replayed") as advance:
+                result = pgq.replay_where(limit=limit, replayed=advance, reason=reason, actor=actor(), **filters)
+    assert result is not None
+    for job_id, why in result.skipped.items():
+        output.note(f"job {job_id} is left as it is: {why}")
+    record: dict[str, Any] = {"replayed": len(result.replayed), "skipped": len(result.skipped), "dry_run": dry_run}
+    if settings.output not in (None, Format.TABLE):
+        record |= {"ids": list(result.replayed), "why_skipped": {str(key): why for key, why in result.skipped.items()}}
+    output.record(record)
+
+
+def _replay_ids(settings: Settings, job_ids: list[int], payload: str | None, reason: str | None) -> None:
+    content: dict[str, Any] | None = None
+    if payload is not None:
+        if len(job_ids) > 1:
+            raise ConfigurationError(f"--payload is for one job, got {len(job_ids)} ids")
+        content = _payload(payload)
+    with opened(settings) as pgq:
+        _for_each(
+            settings,
+            job_ids,
+            JobStatus.PENDING,
+            lambda job: pgq.replay(job, payload=content, reason=reason, actor=actor()),
+        )
+
+
+@command(jobs, "edit")
+def edit_job(
+    settings: Settings,
+    job_id: JobId,
+    payload: Annotated[
+        str | None,
+        typer.Option("--payload", metavar="JSON|@FILE|-", help="A JSON object instead of the present payload."),
+    ] = None,
+    priority: Annotated[int | None, typer.Option("--priority", metavar="N", help="Higher is claimed first.")] = None,
+    max_retries: Annotated[int | None, typer.Option("--max-retries", metavar="N", help="Retries allowed.")] = None,
+    reason: Reason = None,
+) -> None:
+    """Change a pending, dead or cancelled job.
+
+    With --app (or PGQUEUE_APP) the payload is checked against the task.
+
+    Example:
+      pgqueue jobs edit 17 --payload '{"file": "b.jpg"}' --reason "wrong file"
+    """
+    content = None if payload is None else _payload(payload)
+    with opened(settings) as pgq:
+        pgq.edit(job_id, payload=content, priority=priority, max_retries=max_retries, reason=reason, actor=actor())
+        status = pgq.get_job(job_id).status
+    settings.printer().rows([{"id": job_id, "status": status}], ("id", "status"))
+
+
+@command(jobs, "purge")
+def purge_jobs(
+    settings: Settings,
+    queue: QueueFilter = None,
+    task: TaskFilter = None,
+    error_type: ErrorFilter = None,
+    since: Since = None,
+    until: Until = None,
+    tags: Tags = None,
+    every: Annotated[bool, typer.Option("--all", help="Delete all dead jobs.")] = False,
+    limit: Limit = None,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    reason: Reason = None,
+) -> None:
+    """Delete dead jobs that fit the filters, and print how many.
+
+    What was recorded of them goes, too, but for one line each that says who
+    deleted it.
+
+    Example:
+      pgqueue jobs purge --task mail --until 30d --dry-run
+    """
+    filters = _filters(queue, task, error_type, since, until, tags)
+    _require_filter(filters, every, "purge")
+    output = settings.printer()
+    with opened(settings) as pgq:
+        if dry_run:
+            count = pgq.purge(limit=limit, dry_run=True, **filters)
+        else:
+            if not yes and not _confirmed(pgq.purge(limit=limit, dry_run=True, **filters), "Delete", yes):
+                output.note("nothing was deleted")
+                raise typer.Exit(FAILURE)
+            with output.progress("jobs deleted") as advance:
+                count = pgq.purge(limit=limit, purged=advance, reason=reason, actor=actor(), **filters)
+    output.record({"purged": count, "dry_run": dry_run}, value="purged")
+
+
+def _is_filtered(filters: dict[str, Any]) -> bool:
+    return any(value is not None for value in filters.values())
+
+
+def _require_filter(filters: dict[str, Any], every: bool, verb: str) -> None:
+    if _is_filtered(filters) == every:
+        raise ConfigurationError(
+            "--all and filters such as --task contradict each other: give one of the two"
+            if every
+            else f"say which jobs to {verb}: filters such as --task or --error-type, or --all"
+        )
+
+
+def _confirmed(count: int, verb: str, yes: bool) -> bool:
+    """Whether somebody who was asked agrees; one job or none needs no question."""
+    return yes or count <= 1 or ask(f"{verb} {count} dead jobs?")
+
+
+def _payload(source: str) -> dict[str, Any]:
+    with payload_file(source) as file:
+        return parse_payload(b"".join(file), "the payload")
+
+
+@command(jobs, "export")
+def export_jobs(
+    settings: Settings,
+    status: Annotated[
+        JobStatus | None, typer.Option("--status", metavar="STATUS", help=f"Only jobs that are {STATUSES}.")
+    ] = None,
+    queue: QueueFilter = None,
+    task: TaskFilter = None,
+    error_type: ErrorFilter = None,
+    since: Since = None,
+    until: Until = None,
+    tags: Tags = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", metavar="FILE", help="Write here instead of to standard output.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+) -> None:
+    """Write jobs with all their fields, oldest first: one JSON document a line.
+
+    Works page by page, for any number of jobs. The file appears when it is
+    complete, and only its owner can read it.
+
+    Example:
+      pgqueue jobs export --status dead --file dead.jsonl
+    """
+    if settings.output not in (None, Format.JSONL):
+        raise ConfigurationError(f"an export is written as jsonl, got -o {settings.output}")
+    if force and file is None:
+        raise ConfigurationError("--force needs --file")
+    output = settings.printer()
+    filters = _filters(queue, task, error_type, since, until, tags)
+    count = 0
+    with opened(settings) as pgq, lines_to(file, replace=force) as write, output.progress("jobs exported") as advance:
+        for job in pgq.iter_jobs(status=status, **filters):
+            write(to_json(job_row(job)))
+            advance(1)
+            count += 1
+    if file is not None:
+        output.note(f"{count} jobs written to {file}")
 
 
 @command(jobs, "cancel")

@@ -38,6 +38,7 @@ def test_the_public_names_are_these() -> None:
         "QueueFull",
         "Rate",
         "ResultTimeout",
+        "ReplayResult",
         "Retry",
         "RetryAfter",
         "Schedule",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -130,9 +131,19 @@ def test_models_and_migrations_agree_in_everything_the_database_can_tell(empty: 
 
     migrated, built = snapshot(empty, "pgqueue"), snapshot(empty, "built")
 
-    migrated.pop("functions", None), built.pop("functions", None)  # only a migration makes them
+    migrated, built = without_views_and_functions(migrated), without_views_and_functions(built)
     assert all(migrated.values())
     assert migrated == built
+
+
+def without_views_and_functions(found: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """What is left without what only a migration makes."""
+    views = {row[0] for row in found.get("views", [])}
+    return {
+        kind: [row for row in rows if isinstance(row, str) or row[0] not in views]
+        for kind, rows in found.items()
+        if kind not in ("views", "functions") and not kind.startswith("view ")
+    }
 
 
 def test_the_comparison_sees_what_alembic_does_not(empty: sa.Engine) -> None:

@@ -32,7 +32,7 @@ from jobs import (
     sweep,
 )
 
-from pgqueue import ConfigurationError, DuplicateJob, IllegalTransition, JobNotFound, PgQueue, operations
+from pgqueue import ConfigurationError, DuplicateJob, IllegalTransition, JobNotFound, PgQueue, dead_letter, operations
 from pgqueue.client import default_actor
 from pgqueue.dialect import seconds_from_now
 from pgqueue.job import JobStatus
@@ -598,7 +598,7 @@ def test_a_job_that_is_being_replayed_is_not_pruned(pg: PgQueue) -> None:
     age(pg, seconds_ago=8 * DAY)
 
     with pg.engine.begin() as operator:
-        operations.replay_job(operator, pg.tables, job_id, actor="ann", reason=None)
+        dead_letter.replay_job(operator, pg.tables, job_id, actor="ann", reason=None)
         during = pg.prune(older_than=DAY)
 
     assert (during, pg.prune(older_than=0)) == (0, 0)

@@ -38,7 +38,8 @@ def test_the_commands_are_those_of_the_specification() -> None:
     assert {" ".join(path) for path in COMMANDS if path} == {
         "worker",
         "enqueue",
-        *("jobs", "jobs list", "jobs show", "jobs retry", "jobs cancel", "jobs delete"),
+        *("jobs", "jobs list", "jobs show", "jobs replay", "jobs edit", "jobs cancel", "jobs delete"),
+        *("jobs export", "jobs purge"),
         *("queues", "queues list", "queues pause", "queues resume"),
         "stats",
         "prune",

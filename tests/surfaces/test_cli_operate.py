@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import getpass
+import json
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 from command import Command
@@ -74,7 +76,7 @@ def test_a_job_is_shown_with_what_happened_to_it(pgqueue: Command, jobs: dict[st
     assert "Traceback" in table
 
 
-@pytest.mark.parametrize("command", ["show", "retry", "cancel", "delete"])
+@pytest.mark.parametrize("command", ["show", "replay", "cancel", "delete"])
 def test_a_job_that_is_not_there_exits_3(pgqueue: Command, command: str) -> None:
     result = pgqueue("jobs", command, 999, code=3)
 
@@ -82,7 +84,7 @@ def test_a_job_that_is_not_there_exits_3(pgqueue: Command, command: str) -> None
 
 
 def test_a_dead_job_is_put_back_with_who_did_it_and_why(pgqueue: Command, pgq: PgQueue, jobs: dict[str, int]) -> None:
-    changed = pgqueue.json("jobs", "retry", jobs["dead"], jobs["cancelled"], "--reason", "customer was added")
+    changed = pgqueue.json("jobs", "replay", jobs["dead"], jobs["cancelled"], "--reason", "customer was added")
 
     assert changed == [{"id": jobs["dead"], "status": "pending"}, {"id": jobs["cancelled"], "status": "pending"}]
     assert status(pgq, jobs["dead"]) == status(pgq, jobs["cancelled"]) == "pending"
@@ -107,8 +109,8 @@ def test_jobs_are_cancelled_and_deleted(pgqueue: Command, pgq: PgQueue, jobs: di
 @pytest.mark.parametrize(
     ("command", "before", "message"),
     [
-        ("retry", "pending", "is pending; only a dead or cancelled job can become pending"),
-        ("retry", "completed", "is completed; only a dead or cancelled job"),
+        ("replay", "pending", "is pending; only a dead or cancelled job can become pending"),
+        ("replay", "completed", "is completed; only a dead or cancelled job"),
         ("cancel", "completed", "is completed; only a pending or running job can become cancelled"),
         ("cancel", "dead", "is dead; only a pending or running job"),
     ],
@@ -135,7 +137,7 @@ def test_a_running_job_cannot_be_deleted(pgqueue: Command, pgq: PgQueue) -> None
 def test_a_replay_against_a_taken_unique_key_exits_4(pgqueue: Command, pgq: PgQueue, jobs: dict[str, int]) -> None:
     pgqueue("enqueue", "doomed", "--unique-key", "k")
 
-    result = pgqueue("jobs", "retry", jobs["dead"], code=4)
+    result = pgqueue("jobs", "replay", jobs["dead"], code=4)
 
     assert "another job of its task with the same unique key" in result.stderr
     assert status(pgq, jobs["dead"]) == "dead"
@@ -162,7 +164,7 @@ def test_an_operator_without_a_name_is_recorded_as_unknown(
 
     monkeypatch.setattr(getpass, "getuser", nobody)
 
-    pgqueue("jobs", "retry", jobs["dead"])
+    pgqueue("jobs", "replay", jobs["dead"])
 
     assert pgq.job_events(jobs["dead"])[-1]["actor"] == "cli:unknown"
 
@@ -252,3 +254,134 @@ def test_estimates_are_marked_in_a_table_and_told_of_in_json(pg: PgQueue, monkey
     assert (document["completed"], document["estimated"]) == (1, True)
     assert [queue["estimated"] for queue in pgqueue.json("queues", "list", "--exact")] == [False]
     assert [queue["estimated"] for queue in pgqueue.json("stats", "--exact")["queues"]] == [False]
+
+
+# Many dead jobs ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dead(pgq: PgQueue) -> list[int]:
+    """Five dead jobs of the task doomed, two of them in the queue bad."""
+    doomed = pgq.task(name="doomed")(give_up)
+    with pgq.begin() as connection:
+        ids = doomed.enqueue_many(connection, [{}] * 3)
+        ids += doomed.using(queue="bad", metadata={"tenant": "acme"}).enqueue_many(connection, [{}] * 2)
+    Worker(pgq, WorkerConfig(queues={"default": 1, "bad": 1}, drain=True)).run()
+    return ids
+
+
+def test_dead_jobs_that_fit_are_replayed_after_a_look(pgqueue: Command, pgq: PgQueue, dead: list[int]) -> None:
+    filters = ("--queue", "bad", "--task", "doomed", "--error-type", "Discard", "--since", "1h", "--tag", "tenant=acme")
+
+    planned = pgqueue.json("jobs", "replay", *filters, "--dry-run")
+    unchanged = len(pgq.list_jobs(status="dead"))
+    done = pgqueue.json("jobs", "replay", *filters, "--yes", "--reason", "back")
+
+    assert planned == {"replayed": 2, "skipped": 0, "dry_run": True, "ids": dead[3:], "why_skipped": {}}
+    assert unchanged == 5
+    assert done == {**planned, "dry_run": False}
+    assert [status(pgq, job_id) for job_id in dead] == ["dead"] * 3 + ["pending"] * 2
+    assert pgq.job_events(dead[-1])[-1]["actor"] == f"cli:{getpass.getuser()}"
+
+
+@pytest.mark.parametrize(("answer", "code", "left"), [("y\n", 0, 0), ("n\n", 1, 5), ("", 1, 5)])
+@pytest.mark.parametrize(("verb", "question"), [("replay", "Replay 5 dead jobs?"), ("purge", "Delete 5 dead jobs?")])
+def test_many_are_changed_only_after_a_question(
+    pgqueue: Command, pgq: PgQueue, dead: list[int], verb: str, question: str, answer: str, code: int, left: int
+) -> None:
+    result = pgqueue("jobs", verb, "--all", code=code, input=answer)
+
+    assert question in result.stderr
+    assert len(pgq.list_jobs(status="dead")) == left
+
+
+def test_a_job_that_cannot_be_replayed_is_named_and_the_others_are(
+    pgqueue: Command, pgq: PgQueue, jobs: dict[str, int], dead: list[int]
+) -> None:
+    with pgq.begin() as connection:
+        holder = pgq.external_task("other").using(unique_key="k").enqueue(connection).id
+    execute(pgq.engine, f"UPDATE {pgq.tables.jobs.fullname} SET task = 'doomed' WHERE id = {holder}")
+
+    result = pgqueue("jobs", "replay", "--all", "--yes")
+
+    assert f"job {jobs['dead']} is left as it is: job {holder} of its task has the same unique key" in result.stderr
+    assert [job.id for job in pgq.list_jobs(status="dead")] == [jobs["dead"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("replay",), "say which jobs to replay"),
+        (("purge",), "say which jobs to purge"),
+        (("purge", "--all", "--task", "x"), "contradict each other"),
+        (("replay", "1", "--task", "x"), "either ids or filters"),
+        (("replay", "1", "--all"), "either ids or filters"),
+        (("replay", "1", "2", "--payload", "{}"), "--payload is for one job, got 2 ids"),
+        (("replay", "--all", "--payload", "{}"), "--payload is for one job: give its id"),
+        (("replay", "1", "--payload", "[1]"), "the payload must be a JSON object, got list"),
+        (("replay", "--all", "--since", "yesterday"), "expected how long ago"),
+        (("replay", "--all", "--since", "2030-01-31T12:00:00"), "expected how long ago"),
+        (("replay", "--all", "--tag", "tenant"), "expected KEY=VALUE"),
+        (("replay", "--all", "--limit", "0"), "--limit"),
+        (("edit", "1"), "something to change"),
+        (("edit", "1", "--payload", "{"), "the payload is not JSON"),
+        (("export", "-o", "table"), "an export is written as jsonl, got -o table"),
+        (("export", "--force"), "--force needs --file"),
+    ],
+)
+def test_arguments_that_cannot_be_meant_exit_2(pgqueue: Command, arguments: tuple[str, ...], message: str) -> None:
+    assert message in " ".join(pgqueue("jobs", *arguments, code=2).stderr.split())
+
+
+def test_a_job_is_edited_and_replayed_with_another_payload(pgqueue: Command, pgq: PgQueue, dead: list[int]) -> None:
+    edited = pgqueue.json("jobs", "edit", dead[0], "--payload", '{"n": 1}', "--priority", "3", "--reason", "typo")
+    replayed = pgqueue.json("jobs", "replay", dead[1], "--payload", '{"n": 2}')
+
+    assert (edited, replayed) == ([{"id": dead[0], "status": "dead"}], [{"id": dead[1], "status": "pending"}])
+    assert (pgq.get_job(dead[0]).payload, pgq.get_job(dead[0]).priority) == ({"n": 1}, 3)
+    assert pgq.get_job(dead[1]).payload == {"n": 2}
+    assert pgq.job_events(dead[0])[-1]["reason"] == "typo (changed priority, payload.n)"
+
+
+def test_an_export_is_a_line_a_job_oldest_first(
+    pgqueue: Command, pgq: PgQueue, dead: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("pgqueue.client.PAGE_JOBS", 2)
+    file = tmp_path / "dead.jsonl"
+
+    printed = pgqueue("jobs", "export", "--status", "dead").stdout.splitlines()
+    told = pgqueue("jobs", "export", "--status", "dead", "--file", file)
+
+    assert [json.loads(line)["id"] for line in printed] == dead
+    assert json.loads(printed[0])["error"]["type"] == "pgqueue.errors.Discard"
+    assert "claim_token" not in printed[0]
+    assert file.read_text().splitlines() == printed
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert (told.stdout, told.stderr) == ("", f"5 jobs written to {file}\n")
+
+
+def test_a_file_that_is_there_is_not_overwritten_unasked(pgqueue: Command, dead: list[int], tmp_path: Path) -> None:
+    file = tmp_path / "dead.jsonl"
+    file.write_text("precious")
+
+    refused = pgqueue("jobs", "export", "--file", file, code=2)
+    content = file.read_text()
+    pgqueue("jobs", "export", "--file", file, "--force")
+
+    assert "there is already a file" in refused.stderr
+    assert content == "precious"
+    assert len(file.read_text().splitlines()) == 5
+    assert "cannot write" in pgqueue("jobs", "export", "--file", tmp_path / "no" / "f", code=2).stderr
+
+
+def test_an_export_that_breaks_leaves_no_file(
+    pgqueue: Command, pgq: PgQueue, dead: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> object:
+        raise RuntimeError("the server went away")
+
+    monkeypatch.setattr("pgqueue.operations.jobs_after", broken)
+
+    pgqueue("jobs", "export", "--file", tmp_path / "dead.jsonl", code=1)
+
+    assert list(tmp_path.iterdir()) == [file for file in tmp_path.iterdir() if file.name.startswith("queue.db")]

@@ -12,4 +12,4 @@ WHERE pgqueue.jobs.id = ANY (ARRAY(
         LIMIT %(limit)s::INTEGER
         FOR UPDATE SKIP LOCKED))
 RETURNING pgqueue.jobs.id, pgqueue.jobs.queue, pgqueue.jobs.task, pgqueue.jobs.attempt, pgqueue.jobs.status,
-    pgqueue.jobs.claimed_by;
+    pgqueue.jobs.claimed_by, pgqueue.jobs.claimed_at;

@@ -10,4 +10,4 @@ WHERE pgqueue_jobs.id IN (
     AND pgqueue_jobs.claim_expires_at < strftime('%Y-%m-%d %H:%M:%f', 'now')
     ORDER BY pgqueue_jobs.claim_expires_at
     LIMIT ? OFFSET ?)
-RETURNING id, queue, task, attempt, status, claimed_by;
+RETURNING id, queue, task, attempt, status, claimed_by, claimed_at;
