@@ -16,15 +16,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
-<<<<<<< HEAD
 from pgqueue import dialect, limits, store
 from pgqueue.dialect import id_among, now, seconds_from_now, seconds_since
-from pgqueue.errors import DuplicateJob, IllegalTransition, JobNotFound
-=======
-from pgqueue import dialect, store
-from pgqueue.dialect import UTCDateTime, id_among, json_text, now, seconds_from_now, seconds_since
 from pgqueue.errors import IllegalTransition, JobNotFound
->>>>>>> da5da0d (Replay, edit, purge and export dead jobs, one or all that fit a filter)
 from pgqueue.job import FINAL_STATUSES, EventType, Job, JobStatus
 from pgqueue.schema import CLAIMABLE, Tables
 
@@ -224,18 +218,11 @@ def cancel_job(connection: sa.Connection, tables: Tables, job_id: int, *, actor:
 def delete_job(connection: sa.Connection, tables: Tables, job_id: int, *, actor: str, reason: str | None) -> None:
     """Delete a job that is not running. What was recorded of it stays. Raises JobNotFound or IllegalTransition."""
     jobs = tables.jobs
-<<<<<<< HEAD
-    with limits.passing_on(connection, tables, _bounded(job_id)):
-        before = _lock_job(connection, tables, job_id)
+    with limits.passing_on(connection, tables, bounded(job_id)):
+        before = lock_job(connection, tables, job_id)
         if before.status == JobStatus.RUNNING:
             raise IllegalTransition(f"job {job_id} is running; cancel it first")
         connection.execute(sa.delete(jobs).where(jobs.c.id == job_id))
-=======
-    before = lock_job(connection, tables, job_id)
-    if before.status == JobStatus.RUNNING:
-        raise IllegalTransition(f"job {job_id} is running; cancel it first")
-    connection.execute(sa.delete(jobs).where(jobs.c.id == job_id))
->>>>>>> da5da0d (Replay, edit, purge and export dead jobs, one or all that fit a filter)
     store.record_all(
         connection,
         tables,
