@@ -17,7 +17,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from pgqueue import dialect, limits, store
-from pgqueue.dialect import id_among, now, seconds_from_now, seconds_since
+from pgqueue.dialect import UTCDateTime, id_among, json_text, now, seconds_from_now, seconds_since
 from pgqueue.errors import IllegalTransition, JobNotFound
 from pgqueue.job import FINAL_STATUSES, EventType, Job, JobStatus
 from pgqueue.schema import CLAIMABLE, Tables
