@@ -697,6 +697,28 @@ def release_claim(connection: sa.Connection, tables: Tables, token: uuid.UUID, *
     return [row.id for row in released]
 
 
+def upkeep(connection: sa.Connection, tables: Tables) -> tuple[bool, bool]:
+    """Whether there is something to sweep, and something to prune because its time has come. One statement."""
+    expired, prunable = connection.execute(_upkeep(tables)).one()
+    return bool(expired), bool(prunable)
+
+
+@cache
+def _upkeep(tables: Tables) -> sa.Select[Any]:
+    """By the earliest moment in an index, because the plan of an EXISTS may hope to meet one early in the table."""
+    jobs = tables.jobs
+
+    def is_over(moment: sa.Column[Any], condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+        earliest: sa.Select[Any] = sa.select(moment).where(condition).order_by(moment).limit(1)
+        return earliest.scalar_subquery() < now()
+
+    looks: list[Any] = [
+        is_over(jobs.c.claim_expires_at, jobs.c.status == RUNNING),
+        is_over(jobs.c.prune_at, jobs.c.prune_at.is_not(None)),
+    ]
+    return sa.select(*looks)
+
+
 def sweep(connection: sa.Connection, tables: Tables, *, limit: int, actor: str) -> SweepResult:
     """Take up to `limit` jobs from workers whose lease has run out: pending again with a retry charged, or dead.
 

@@ -58,6 +58,7 @@ from pgqueue.job import (
     JobStatus,
     Outcome,
     Released,
+    SweepResult,
     Transition,
 )
 from pgqueue.lanes import Lanes
@@ -83,6 +84,9 @@ SWEEP_JOBS_MAX = 500
 
 #: The row of a worker that gave no sign of life for so long is dropped.
 SILENT_WORKER_SECONDS = 3600.0
+
+#: That is looked for so often.
+FORGET_SECONDS = 300.0
 
 #: The system may deliver a signal to any thread, but Python handles it in the main thread, once that one moves. So
 #: the main thread never waits longer than this.
@@ -195,6 +199,7 @@ class Worker:
         # may use while the same thread is waiting; an Event or Condition could deadlock.
         self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._last_beat = time.monotonic()
+        self._forget_at = time.monotonic()
         self._drain_wait = DRAIN_SECONDS_MIN
         self._async_jobs: dict[ClaimedJob, asyncio.Task[Any]] = {}
         self._async_stopped: set[ClaimedJob] = set()  # of those, the ones that this worker cancelled
@@ -898,7 +903,8 @@ class Worker:
         asked_at = time.monotonic()
         holds = list(self._held.values())
         claims = [(hold.job.id, hold.job.claim_token) for hold in holds]
-        with connection.begin():
+        # With nothing to extend it is one statement, and that an idle worker often sends.
+        with connection.begin() if claims else committing_each(connection):
             kept = store.extend(connection, self.pgq.tables, claims, lease=self.config.lease) if claims else set()
             store.beat(connection, self.pgq.tables, self._row())
         self._last_beat = asked_at
@@ -945,38 +951,51 @@ class Worker:
         }
 
     def _sweep_step(self, connection: sa.Connection) -> float:
-        """Take back the jobs of dead workers."""
+        """Take back the jobs of dead workers, and delete jobs that are not to be kept any longer."""
         sure_until = self._last_beat + self.config.lease
         if time.monotonic() > sure_until:
             # This process was frozen or cut off. Let the heartbeat come first, or it takes back its own jobs.
             return self.config.heartbeat_seconds
-        with connection.begin() as transaction:
-            swept = store.sweep(connection, self.pgq.tables, limit=SWEEP_JOBS_MAX, actor=self.id)
-            if time.monotonic() > sure_until:  # it was frozen on the way to the database
-                transaction.rollback()
-                return self.config.heartbeat_seconds
-            retention.keep_dead_of_tasks(connection, self.pgq.tables, swept.dead, self._keep_dead)
-            store.forget_silent_workers(connection, self.pgq.tables, seconds=SILENT_WORKER_SECONDS)
-            jobs = self.pgq._stored(
-                connection, [*swept.returned, *swept.dead], EventName.FAILED, EventName.RETRIED, EventName.DEAD
-            )
-        self._listeners.tell(told for job in jobs for told in events_of_swept(job))
-        if swept.count:
-            with self._lock:
-                self.report.swept += swept.count
-                self.report.dead += len(swept.dead)
-            logger.warning(
-                "took back %d jobs whose lease had run out: %d pending again, %d dead",
-                swept.count,
-                len(swept.returned),
-                len(swept.dead),
-            )
-            self._woken(None)
-        with connection.begin():
-            pruned = retention.prune_due(connection, self.pgq.tables)
-        if swept.count == SWEEP_JOBS_MAX or pruned == retention.PRUNE_JOBS_MAX:
+        with committing_each(connection):
+            if time.monotonic() >= self._forget_at:
+                store.forget_silent_workers(connection, self.pgq.tables, seconds=SILENT_WORKER_SECONDS)
+                self._forget_at = time.monotonic() + FORGET_SECONDS
+            # Nearly always there is nothing to do, and to see that takes one statement instead of eight.
+            expired, prunable = store.upkeep(connection, self.pgq.tables)
+        swept = pruned = 0
+        if expired:
+            with connection.begin() as transaction:
+                found = store.sweep(connection, self.pgq.tables, limit=SWEEP_JOBS_MAX, actor=self.id)
+                if time.monotonic() > sure_until:  # it was frozen on the way to the database
+                    transaction.rollback()
+                    return self.config.heartbeat_seconds
+                retention.keep_dead_of_tasks(connection, self.pgq.tables, found.dead, self._keep_dead)
+                jobs = self.pgq._stored(
+                    connection, [*found.returned, *found.dead], EventName.FAILED, EventName.RETRIED, EventName.DEAD
+                )
+            self._listeners.tell(told for job in jobs for told in events_of_swept(job))
+            swept = found.count
+            self._report_swept(found)
+        if prunable:
+            with connection.begin():
+                pruned = retention.prune_due(connection, self.pgq.tables)
+        if swept == SWEEP_JOBS_MAX or pruned == retention.PRUNE_JOBS_MAX:
             return 0.0
         return self.config.sweep_interval
+
+    def _report_swept(self, swept: SweepResult) -> None:
+        if not swept.count:
+            return
+        with self._lock:
+            self.report.swept += swept.count
+            self.report.dead += len(swept.dead)
+        logger.warning(
+            "took back %d jobs whose lease had run out: %d pending again, %d dead",
+            swept.count,
+            len(swept.returned),
+            len(swept.dead),
+        )
+        self._woken(None)
 
     async def _dispose_async_engine(self) -> None:
         if self._async_engine is not None:

@@ -151,6 +151,15 @@ def test_what_people_look_at_reads_no_history(pgq: PgQueue, name: str) -> None:
     assert blocks(plans) <= blocks_max
 
 
+def test_the_look_of_an_idle_worker_for_what_is_to_be_done_reads_no_table(pgq: PgQueue) -> None:
+    with pgq.reading() as connection, recorded(pgq.engine) as sent:
+        store.upkeep(connection, pgq.tables)
+
+    plans = [explained(pgq, statement, parameters) for statement, parameters in sent]
+    assert [indexes_in(plan) for plan in plans] == [{"jobs_lease", "jobs_prune"}]
+    assert blocks(plans) <= 20
+
+
 @pytest.mark.parametrize("after_id", [0, JOBS // 2])
 def test_a_step_of_a_prune_reads_what_it_passes_and_deletes(pgq: PgQueue, after_id: int) -> None:
     with pgq.engine.connect() as connection, recorded(pgq.engine) as sent:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import sqlalchemy as sa
-from jobs import add
+from jobs import add, claim_one, expire
 from sqlalchemy import event
 from support import PATIENCE_SECONDS, scalar, wait_for
 from working import enqueue, wait_for_status, working
@@ -21,10 +21,14 @@ STATE = "SELECT state FROM pg_stat_activity WHERE pid = :pid"
 
 
 class Freeze:
-    """Holds up the first commit of a thread, as long as the block lasts or until it is ended."""
+    """Holds up the first commit of a thread, as long as the block lasts or until it is ended.
 
-    def __init__(self, engine: sa.Engine, thread: str) -> None:
+    of_transaction: not that of a statement which commits by itself.
+    """
+
+    def __init__(self, engine: sa.Engine, thread: str, *, of_transaction: bool = False) -> None:
         self._thread = thread
+        self._of_transaction = of_transaction
         self._pids: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._ended = threading.Event()
         self._began = False
@@ -44,6 +48,8 @@ class Freeze:
         self._ended.set()
 
     def _commits(self, connection: sa.Connection) -> None:
+        if self._of_transaction and connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+            return
         if threading.current_thread().name == self._thread and not self._began:
             self._began = True
             self._pids.put(connection.connection.driver_connection.info.backend_pid)  # type: ignore[union-attr]
@@ -54,17 +60,25 @@ class Freeze:
 def test_rows_locked_by_a_worker_that_freezes_are_free_again_after_its_lease(
     pg: PgQueue, pg_url: str, duty: str
 ) -> None:
+    frozen = threading.Event()
+
     @pg.task
     def work() -> None:
         if duty == "finish" and current_job().attempt == 1:
             raise Snooze(0)  # written with its event, and so in a transaction
+        if duty == "heartbeat":
+            assert frozen.wait(PATIENCE_SECONDS)  # a lease that is to be extended
 
     bystander = make_engine(pg_url)
     job_id = enqueue(work)
-    with Freeze(pg.engine, f"pgqueue-{duty}") as freeze, working(pg, lease=0.6):
+    if duty == "sweep":
+        claim_one(pg)
+        expire(pg)
+    with Freeze(pg.engine, f"pgqueue-{duty}", of_transaction=True) as freeze, working(pg, lease=0.6):
         pid = freeze.pid()
         assert scalar(bystander, STATE, pid=pid) == "idle in transaction"
         wait_for(lambda: scalar(bystander, STATE, pid=pid) is None, "the server to end the frozen transaction")
+        frozen.set()
         freeze.end()
         wait_for_status(pg, job_id, "completed")
 
