@@ -29,7 +29,7 @@ MISSED_SECONDS = 60.0
 #: Of the ticks that were missed so many are made up for, the latest ones, with catchup="all".
 CATCHUP_TICKS_MAX = 1_000
 
-#: Ticks of one schedule that are settled in one transaction.
+#: Ticks that are settled in one transaction, about.
 TICKS_PER_PASS = 100
 
 #: A schedule from code that no worker declared for so long makes no jobs: it was removed from the code.
@@ -58,11 +58,11 @@ class CronRule:
 
     expression: str  #: minute, hour, day of month, month, day of week; in front of them, if wanted, the second
     timezone: str = "UTC"
-    _zone: ZoneInfo = field(init=False, repr=False, compare=False)
+    zone: ZoneInfo = field(init=False, repr=False, compare=False)
     _is_time_of_day: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_zone", _zone(self.timezone))
+        object.__setattr__(self, "zone", _zone(self.timezone))
         if not isinstance(self.expression, str) or not 0 < len(self.expression) <= EXPRESSION_CHARACTERS_MAX:
             raise ConfigurationError(
                 f"a cron expression is a text of at most {EXPRESSION_CHARACTERS_MAX} characters, such as '0 3 * * *', "
@@ -96,7 +96,7 @@ class CronRule:
                 if change is not None:
                     break
                 at = tick
-                if not (self._is_time_of_day and tick.astimezone(self._zone).fold):
+                if not (self._is_time_of_day and tick.astimezone(self.zone).fold):
                     yield tick
             assert change is not None
             before, offset = offset, self._offset(change)
@@ -112,7 +112,7 @@ class CronRule:
         raise ConfigurationError(f"cron expression {self.expression!r}: that time never comes")
 
     def _offset(self, moment: datetime) -> timedelta:
-        offset = moment.astimezone(self._zone).utcoffset()
+        offset = moment.astimezone(self.zone).utcoffset()
         assert offset is not None
         return offset
 

@@ -21,6 +21,7 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 from rich.table import Table
 from rich.text import Text
 
+from pgqueue.cron import Schedule
 from pgqueue.errors import ConfigurationError
 from pgqueue.job import Job
 
@@ -195,6 +196,32 @@ def job_row(job: Job) -> dict[str, Any]:
         name: getattr(job, name)
         for name in Job.__annotations__
         if name not in HIDDEN_FIELDS and not name.startswith("_")
+    }
+
+
+def schedule_row(schedule: Schedule) -> dict[str, Any]:
+    """A schedule as it is shown."""
+    try:
+        payload: Any = schedule.payload
+    except (ValueError, RecursionError):
+        payload = schedule.payload_json
+    return {
+        "name": schedule.name,
+        "cron": schedule.cron,
+        "timezone": schedule.timezone,
+        "task": schedule.task,
+        "payload": payload,
+        "queue": schedule.queue,
+        "priority": schedule.priority,
+        "max_retries": schedule.max_retries,
+        "catchup": schedule.catchup,
+        "overlap": schedule.overlap,
+        "state": "disabled" if not schedule.enabled else "enabled" if schedule.is_declared else "undeclared",
+        "declared_by": schedule.declared_by,
+        "next_tick_at": schedule.next_tick_at,
+        "last_tick_at": schedule.last_tick_at,
+        "created_at": schedule.created_at,
+        "updated_at": schedule.updated_at,
     }
 
 

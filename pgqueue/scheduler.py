@@ -15,7 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from pgqueue import schedules
-from pgqueue.cron import MISSED_SECONDS, Catchup, NewSchedule, Schedule, settle
+from pgqueue.cron import MISSED_SECONDS, TICKS_PER_PASS, Catchup, NewSchedule, Schedule, settle
 from pgqueue.engine import committing_each, first_line, is_refusal
 from pgqueue.errors import PgqueueError
 from pgqueue.scheduling import enqueue
@@ -103,8 +103,13 @@ class Scheduler:
                 due = schedules.lock_due(
                     connection, self._tables, tasks=self._task_names, aside=list(self._aside), limit=SCHEDULES_PER_PASS
                 )
+                left = TICKS_PER_PASS
                 for at, now in due:
-                    queues |= self._settle_one(connection, at, now)
+                    made, enqueued = self._settle_one(connection, at, now)
+                    queues |= enqueued
+                    left -= made
+                    if left <= 0:  # the transaction has been long enough; the next one takes the others
+                        break
         except Exception as error:
             if at is None or not (isinstance(error, PgqueueError) or is_refusal(error)):
                 raise
@@ -115,7 +120,8 @@ class Scheduler:
             self._enqueued(queues)
         return bool(due)
 
-    def _settle_one(self, connection: sa.Connection, schedule: Schedule, now: datetime) -> set[str]:
+    def _settle_one(self, connection: sa.Connection, schedule: Schedule, now: datetime) -> tuple[int, set[str]]:
+        """Settle what is due of a locked schedule: how many ticks that was, and the queues that got jobs."""
         due = settle(schedule.rule, Catchup(schedule.catchup), schedule.next_tick_at, now)
         queues = set()
         for tick in due.ticks:
@@ -139,7 +145,7 @@ class Scheduler:
                 missed[1].isoformat(),
                 schedule.catchup,
             )
-        return queues
+        return len(due.ticks), queues
 
     def _put_aside(self, schedule: Schedule, error: Exception) -> None:
         self._aside[schedule.name] = time.monotonic() + ASIDE_SECONDS

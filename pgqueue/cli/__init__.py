@@ -4,7 +4,7 @@
 which database a command works on. The other modules have the commands.
 """
 
-from pgqueue.cli import db, enqueue, operate, work
+from pgqueue.cli import db, enqueue, operate, schedules, work
 from pgqueue.cli.program import EXIT_CODES, FAILURE, INTERRUPTED, app, main
 from pgqueue.supervisor import DRAINED_WITH_DEAD
 
@@ -18,5 +18,6 @@ __all__ = [
     "enqueue",
     "main",
     "operate",
+    "schedules",
     "work",
 ]

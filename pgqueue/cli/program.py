@@ -26,6 +26,7 @@ from pgqueue.errors import (
     InvalidTask,
     JobNotFound,
     PgqueueError,
+    ScheduleNotFound,
     SchemaMissing,
     SchemaOutdated,
     TaskNotFound,
@@ -41,6 +42,7 @@ INTERRUPTED = 130
 EXIT_CODES: tuple[tuple[type[PgqueueError], int], ...] = (
     (TaskNotFound, NOT_FOUND),
     (JobNotFound, NOT_FOUND),
+    (ScheduleNotFound, NOT_FOUND),
     (DuplicateJob, CONFLICT),
     (IllegalTransition, CONFLICT),
     (ClaimLost, CONFLICT),
@@ -57,7 +59,7 @@ EXIT_CODES: tuple[tuple[type[PgqueueError], int], ...] = (
 UsageError: Any = typer.BadParameter.__mro__[1]
 
 #: The order of the help.
-COMMANDS = ("worker", "enqueue", "jobs", "queues", "stats", "prune", "db", "demo")
+COMMANDS = ("worker", "enqueue", "jobs", "queues", "schedules", "stats", "prune", "db", "demo")
 
 
 class Program(TyperGroup):

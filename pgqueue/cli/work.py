@@ -106,7 +106,12 @@ def worker_command(
     no_listen: Annotated[
         bool, typer.Option("--no-listen", help="Only poll: for a connection pooler in transaction mode.")
     ] = False,
-    drain: Annotated[bool, typer.Option("--drain", help="Exit when the queues are empty.")] = False,
+    no_schedules: Annotated[
+        bool, typer.Option("--no-schedules", help="Leave what schedules say to other workers.")
+    ] = False,
+    drain: Annotated[
+        bool, typer.Option("--drain", help="Exit when the queues are empty; leaves schedules to other workers.")
+    ] = False,
     max_jobs: Annotated[
         int | None,
         typer.Option(
@@ -158,6 +163,7 @@ def worker_command(
         config = WorkerConfig(
             queues=parse_queues(queue, concurrency) if queue else _queues_of(pgq, concurrency),
             listen=not no_listen,
+            schedules=not no_schedules,
             drain=drain,
             **{key: value for key, value in given.items() if value is not None},
         )
@@ -197,7 +203,12 @@ def _child_command(settings: Settings, config: WorkerConfig) -> list[str]:
         "--schema": settings.schema,
         "--log-level": logging.getLevelName(settings.level(logging.INFO)).lower(),
     }
-    flags = {"--no-listen": not config.listen, "--drain": config.drain, "--quiet": settings.quiet > 0}
+    flags = {
+        "--no-listen": not config.listen,
+        "--no-schedules": not config.schedules,
+        "--drain": config.drain,
+        "--quiet": settings.quiet > 0,
+    }
     return [
         *(sys.executable, "-m", "pgqueue", "worker", str(settings.app)),
         *(f"{name}={value}" for name, value in options.items() if value is not None),
