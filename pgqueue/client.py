@@ -59,7 +59,7 @@ from pgqueue.middleware import (
     enqueue_middleware,
     run_middleware,
 )
-from pgqueue.notifier import WakeSender
+from pgqueue.notifier import STOP, WakeSender
 from pgqueue.operations import JobFilter
 from pgqueue.retry import DELAY_SECONDS_MAX, Retry, as_seconds, checked_max_retries, decide
 from pgqueue.scheduling import Schedules, new_schedule
@@ -705,7 +705,11 @@ class PgQueue:
         await self._finish_async("nack_async", jobs, _nack_outcome(delay, error, dead), session, delay=delay)
 
     def extend(self, jobs: ClaimedJob | Iterable[ClaimedJob], *, lease: float | timedelta = 30.0) -> None:
-        """Hold the jobs for `lease` more seconds from now. Raises ClaimLost, naming those that are held no more."""
+        """Hold the jobs for `lease` more seconds from now. Raises ClaimLost, naming those that are held no more.
+
+        Then `job.cancel_requested` says whether somebody asked the job to stop: an `ack` still completes it, a `nack`
+        of any kind makes it cancelled.
+        """
         chosen = _as_list(jobs)
         _require_written(chosen, self._run(lambda connection: self._extend(connection, chosen, lease)))
 
@@ -715,7 +719,10 @@ class PgQueue:
 
     def _extend(self, connection: sa.Connection, jobs: Sequence[ClaimedJob], lease: float | timedelta) -> set[int]:
         claims = [(job.id, job.claim_token) for job in jobs]
-        return store.extend(connection, self.tables, claims, lease=_checked_lease(lease))
+        held = store.extend(connection, self.tables, claims, lease=_checked_lease(lease))
+        for job in jobs:
+            job.cancel_requested = held.get(job.id, job.cancel_requested)
+        return set(held)
 
     def _finish(
         self,
@@ -878,12 +885,28 @@ class PgQueue:
         with self.reading() as connection:
             return operations.list_events(connection, self.tables, job_id)
 
-    def cancel(self, job_id: int, *, reason: str | None = None, actor: str | None = None) -> None:
-        """Withdraw a job that is pending or running; what its worker writes later is refused."""
+    def cancel(
+        self, job_id: int, *, force: bool = False, reason: str | None = None, actor: str | None = None
+    ) -> JobStatus:
+        """Withdraw a job that is pending or running; its status then.
+
+        CANCELLED: it was pending, and is cancelled. RUNNING: its worker was asked to stop it, and will do so within
+        about a second: an `async def` task is cancelled, the process of an isolated one is killed, and a `def` task
+        in a thread sees `current_job().cancel_requested` become true. If it returns all the same, it is completed;
+        however else its attempt ends, it is cancelled.
+        With `force` a running job is cancelled at once, too: whatever its worker writes later is refused.
+        Raises JobNotFound, or IllegalTransition when it is final.
+        """
         with self.begin() as connection:
-            operations.cancel_job(connection, self.tables, job_id, actor=_who(actor), reason=_why(reason))
-            cancelled = self._stored(connection, [job_id], EventName.CANCELLED)
+            status = operations.cancel_job(
+                connection, self.tables, job_id, actor=_who(actor), reason=_why(reason), force=force
+            )
+            ended = [job_id] if status is JobStatus.CANCELLED else []
+            cancelled = self._stored(connection, ended, EventName.CANCELLED)
         self._listeners.tell(event_of_stored(EventName.CANCELLED, job, _why(reason)) for job in cancelled)
+        if self.tables.dialect_name == POSTGRESQL and (force or status is JobStatus.RUNNING):
+            self._wake_sender({f"{STOP}{job_id}"}, True)
+        return status
 
     def _stored(self, connection: sa.Connection, job_ids: Sequence[int], *told: EventName) -> list[_Job]:
         """The jobs as they stand, if anybody listens to what is to be told of them."""

@@ -261,6 +261,21 @@ def committing_each(connection: sa.Connection) -> Iterator[None]:
             connection.execution_options(isolation_level="READ COMMITTED")
 
 
+@contextmanager
+def looking(connection: sa.Connection) -> Iterator[None]:
+    """Likewise for one query: on SQLite it neither waits for a writer nor keeps one waiting."""
+    if connection.dialect.name != SQLITE:
+        with committing_each(connection):
+            yield
+        return
+    connection.execution_options(pgqueue_only_reads=True)
+    try:
+        with connection.begin():
+            yield
+    finally:
+        connection.execution_options(pgqueue_only_reads=False)
+
+
 def end_if_frozen(connection: sa.Connection, seconds: float) -> None:
     """Have the server end the present transaction when nothing is heard of it for so long.
 

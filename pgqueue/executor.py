@@ -103,7 +103,9 @@ async def _within(
             return timed_out(task.retry, seconds)
     except asyncio.CancelledError:
         running.cancel()
-        await asyncio.wait({running}, timeout=CANCEL_GRACE_SECONDS)
+        done, _ = await asyncio.wait({running}, timeout=CANCEL_GRACE_SECONDS)
+        if done and not running.cancelled() and isinstance(running.result(), Completed):
+            return running.result()  # it came to its end all the same
         raise
     return cancelled_itself(task.retry) if running.cancelled() else running.result()
 

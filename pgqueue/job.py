@@ -103,6 +103,7 @@ class ClaimedJob:
     claim_token: uuid.UUID
     created_at: datetime
     metadata_json: str = field(repr=False)
+    cancel_requested: bool = False  #: somebody asked this attempt to stop; becomes true while it runs
 
     @property
     def payload(self) -> dict[str, Any]:
@@ -194,6 +195,7 @@ class EventType(StrEnum):
     RELEASE = "release"  #: given back uncharged
     SWEEP = "sweep"  #: the lease ran out; pending again, or dead
     CANCEL = "cancel"
+    CANCEL_REQUESTED = "cancel_requested"  #: the worker of a running job was asked to stop it
     REPLAY = "replay"  #: a final job put back to pending
     REPLACE = "replace"  #: an enqueue with the same unique key changed the pending job
     EDIT = "edit"  #: somebody changed its payload or settings
@@ -220,6 +222,16 @@ class Transition:
     reason: str | None = None
     keep_seconds: float | None = None  #: the job is deleted so long after its end; None: kept until somebody prunes
 
+    def become_cancelled(self) -> None:
+        """The job had been asked to stop: whatever else was to become of it, it is cancelled."""
+        self.status, self.event = JobStatus.CANCELLED, EventType.CANCEL
+        self.charge_retry, self.delay_seconds = False, None
+        self.reason = f"it was asked to stop; its attempt ended with {self.error.type}" if self.error else ASKED_TO_STOP
+
+
+#: Why an attempt ended.
+ASKED_TO_STOP = "it was asked to stop"
+
 
 @dataclass(frozen=True, slots=True)
 class EnqueueResult:
@@ -235,10 +247,11 @@ class SweepResult:
 
     returned: Sequence[int] = field(default=())  #: pending again, one retry charged
     dead: Sequence[int] = field(default=())  #: no retry was left
+    cancelled: Sequence[int] = field(default=())  #: had been asked to stop
 
     @property
     def count(self) -> int:
-        return len(self.returned) + len(self.dead)
+        return len(self.returned) + len(self.dead) + len(self.cancelled)
 
 
 @dataclass(frozen=True, slots=True)

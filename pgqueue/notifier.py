@@ -39,6 +39,11 @@ LISTEN_CHECK_SECONDS = 15.0
 READ_SECONDS = 0.01
 
 
+#: What a notification begins with that tells of a job to be stopped; then comes its id. No queue's name does, so that
+#: a listener that knows only these takes no notice.
+STOP = "!stop "
+
+
 def channel(schema: str) -> str:
     return f"pgqueue_{schema}"
 
@@ -136,7 +141,8 @@ class WakeSender:
 
 
 class WakeListener(threading.Thread):
-    """Calls `woken` with the name of each queue that is said to have new jobs, until stopped.
+    """Calls `woken` with the name of each queue that is said to have new jobs, until stopped. Or with STOP and the id
+    of a running job that somebody wants stopped.
 
     After each new connection it calls `woken` for every queue (None), because what was sent meanwhile is lost.
     """

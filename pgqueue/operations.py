@@ -199,9 +199,30 @@ def _read(table: sa.Table, row: sa.Row[Any]) -> dict[str, Any]:
     return fields
 
 
-def cancel_job(connection: sa.Connection, tables: Tables, job_id: int, *, actor: str, reason: str | None) -> None:
-    """Withdraw a job that is not final. A running one is finished as cancelled: what its worker writes later is
-    refused by the fence. Raises JobNotFound or IllegalTransition."""
+def cancel_job(
+    connection: sa.Connection, tables: Tables, job_id: int, *, actor: str, reason: str | None, force: bool = False
+) -> JobStatus:
+    """Withdraw a job that is not final; its status then. Raises JobNotFound or IllegalTransition.
+
+    A pending one is cancelled. A running one goes on: its worker is asked to stop it. With `force` it is cancelled,
+    too, and what its worker writes later is refused by the fence.
+    """
+    before = lock_job(connection, tables, job_id, tables.jobs.c.cancel_requested_at)
+    if before.status == JobStatus.RUNNING and not force:
+        if before.cancel_requested_at is None:
+            jobs = tables.jobs
+            connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(cancel_requested_at=now()))
+            store.record_all(
+                connection,
+                tables,
+                [before],
+                event=EventType.CANCEL_REQUESTED,
+                actor=actor,
+                from_status=JobStatus.RUNNING,
+                to_status=JobStatus.RUNNING,
+                reason=reason,
+            )
+        return JobStatus.RUNNING
     change_job(
         connection,
         tables,
@@ -211,8 +232,14 @@ def cancel_job(connection: sa.Connection, tables: Tables, job_id: int, *, actor:
         to_status=JobStatus.CANCELLED,
         actor=actor,
         reason=reason,
-        values={"claim_token": sa.null(), "claim_expires_at": sa.null(), "finished_at": now()},
+        values={
+            "claim_token": sa.null(),
+            "claim_expires_at": sa.null(),
+            "cancel_requested_at": sa.null(),
+            "finished_at": now(),
+        },
     )
+    return JobStatus.CANCELLED
 
 
 def delete_job(connection: sa.Connection, tables: Tables, job_id: int, *, actor: str, reason: str | None) -> None:

@@ -186,15 +186,24 @@ def decide(job: ClaimedJob, outcome: Outcome, policy: Retry, random: float) -> T
     """What becomes of `job` after an attempt that ended in `outcome`. `random` in [0, 1) is for the jitter.
 
     The allowance is the job's own `max_retries`, fixed when it was enqueued; the policy gives the waiting time.
+    A job that was asked to stop and did not complete is cancelled, however its attempt ended.
     """
 
     if isinstance(outcome, Completed):
         return Transition(job.id, job.claim_token, job.attempt, JobStatus.COMPLETED, result_json=outcome.result_json)
+    transition = _decide(job, outcome, policy, random)
+    if job.cancel_requested and transition.status is not JobStatus.CANCELLED:
+        transition.become_cancelled()
+    return transition
 
+
+def _decide(job: ClaimedJob, outcome: Outcome, policy: Retry, random: float) -> Transition:
     def become(status: JobStatus, event: EventType | None = None, **what: Any) -> Transition:
         return Transition(job.id, job.claim_token, job.attempt, status, event, **what)
 
     match outcome:
+        case Completed():
+            raise AssertionError("decided already")
         case Failed(error, delay) if job.retries < job.max_retries:
             wait = policy.delay(job.retries + 1, random) if delay is None else delay
             return become(

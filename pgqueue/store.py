@@ -26,6 +26,7 @@ from pgqueue import dialect
 from pgqueue.dialect import IdArray, TextArray, id_among, id_in, json_of, now, seconds_from_now, seconds_since, text_in
 from pgqueue.errors import DuplicateJob
 from pgqueue.job import (
+    ASKED_TO_STOP,
     ClaimedJob,
     EnqueueResult,
     ErrorInfo,
@@ -467,15 +468,16 @@ def claimed_columns(jobs: sa.Table) -> list[sa.ColumnElement[Any]]:
     ]
 
 
-def extend(connection: sa.Connection, tables: Tables, claims: Iterable[Claim], *, lease: float) -> set[int]:
-    """Let these claims end `lease` seconds from now; the ids of those that are still held.
+def extend(connection: sa.Connection, tables: Tables, claims: Iterable[Claim], *, lease: float) -> dict[int, bool]:
+    """Let these claims end `lease` seconds from now; the ids of those that are still held, and whether somebody asked
+    them to stop.
 
     A job whose row is locked (it is being finished, or swept, at this moment) counts as held if its token still
     matches, and is not extended.
     """
     document = _claims_document(claims)
-    extended = set(connection.execute(_extend(tables), {"claims": document, "lease": lease}).scalars())
-    return extended | set(connection.execute(_held(tables), {"claims": document}).scalars())
+    connection.execute(_extend(tables), {"claims": document, "lease": lease})
+    return {row.id: bool(row.asked) for row in connection.execute(_held(tables), {"claims": document})}
 
 
 def _claims_document(claims: Iterable[Claim]) -> str:
@@ -487,7 +489,9 @@ def _held(tables: Tables, lock: bool = False) -> sa.Select[Any]:
     jobs = tables.jobs
     claims = dialect.rows(tables.dialect_name, "claims", sa.column("id", sa.BigInteger), sa.column("token", sa.Uuid))
     held = sa.select(jobs.c.id).join(claims, sa.and_(jobs.c.id == claims.c.id, jobs.c.claim_token == claims.c.token))
-    return held.with_for_update(of=jobs, skip_locked=True) if lock else held
+    if lock:
+        return held.with_for_update(of=jobs, skip_locked=True)
+    return held.add_columns(jobs.c.cancel_requested_at.is_not(None).label("asked"))
 
 
 @cache
@@ -497,7 +501,21 @@ def _extend(tables: Tables) -> sa.Update:
         sa.update(jobs)
         .where(id_in(jobs.c.id, _held(tables, lock=True).scalar_subquery()))
         .values(claim_expires_at=seconds_from_now(sa.bindparam("lease", type_=sa.Float())))
-        .returning(jobs.c.id)
+    )
+
+
+def asked_to_stop(connection: sa.Connection, tables: Tables, *, worker: str) -> list[Claim]:
+    """Of the claims that a worker holds, those that somebody asked to stop."""
+    return [(row.id, row.claim_token) for row in connection.execute(_asked_to_stop(tables), {"worker": worker})]
+
+
+@cache
+def _asked_to_stop(tables: Tables) -> sa.Select[Any]:
+    jobs = tables.jobs
+    return sa.select(jobs.c.id, jobs.c.claim_token).where(
+        jobs.c.claimed_by == sa.bindparam("worker", type_=sa.Text()),
+        jobs.c.cancel_requested_at.is_not(None),
+        jobs.c.status == RUNNING,
     )
 
 
@@ -505,6 +523,8 @@ def finish(connection: sa.Connection, tables: Tables, transitions: Sequence[Tran
     """Write how attempts ended, with their events; the ids of the jobs that were written.
 
     A job that is missing in the result was claimed again or finished by somebody else: nothing of it was written.
+    One that somebody asked to stop and that is not completed becomes cancelled, and its transition is changed to say
+    so.
     """
     first = {transition.job_id: transition for transition in reversed(transitions)}
     if len(first) < len(transitions):
@@ -526,6 +546,10 @@ def finish(connection: sa.Connection, tables: Tables, transitions: Sequence[Tran
     if others:
         moved = {row.id: row for row in connection.execute(_move(tables), {"finished": _moved_document(others)})}
         written.update(moved)
+        for transition in others:
+            row = moved.get(transition.job_id)
+            if row is not None and row.status != transition.status:
+                transition.become_cancelled()
         record(
             connection,
             tables,
@@ -659,41 +683,62 @@ def _move(tables: Tables) -> sa.Update:
         sa.column("charge", sa.Integer),
         sa.column("error", sa.Text),
     )
+    asked = jobs.c.cancel_requested_at.is_not(None)  # its worker may not know of it yet
     return (
         sa.update(jobs)
         .where(jobs.c.id == finished.c.id, jobs.c.claim_token == finished.c.token)
         .values(
-            status=finished.c.status,
+            status=sa.case((asked, CANCELLED), else_=finished.c.status),
             claim_token=sa.null(),
             claim_expires_at=sa.null(),
-            run_at=sa.case((finished.c.delay.is_not(None), seconds_from_now(finished.c.delay)), else_=jobs.c.run_at),
-            retries=jobs.c.retries + finished.c.charge,
+            cancel_requested_at=sa.null(),
+            run_at=sa.case(
+                (sa.and_(finished.c.delay.is_not(None), sa.not_(asked)), seconds_from_now(finished.c.delay)),
+                else_=jobs.c.run_at,
+            ),
+            retries=jobs.c.retries + sa.case((asked, sa.literal_column("0")), else_=finished.c.charge),
             error=sa.func.coalesce(json_of(finished.c.error), jobs.c.error),
-            finished_at=sa.case((finished.c.status != PENDING, now())),
+            finished_at=sa.case((sa.or_(asked, finished.c.status != PENDING), now())),
         )
-        .returning(jobs.c.id, jobs.c.queue, jobs.c.task, jobs.c.claimed_by, jobs.c.claimed_at)
+        .returning(jobs.c.id, jobs.c.queue, jobs.c.task, jobs.c.status, jobs.c.claimed_by, jobs.c.claimed_at)
     )
 
 
 def release_claim(connection: sa.Connection, tables: Tables, token: uuid.UUID, *, actor: str) -> list[int]:
     """Give back every job of one claim: its worker never learnt whether the claim was made."""
     jobs = tables.jobs
+    asked = jobs.c.cancel_requested_at.is_not(None)
     released = connection.execute(
         sa.update(jobs)
         .where(jobs.c.status == RUNNING, jobs.c.claim_token == token)
-        .values(status=PENDING, claim_token=sa.null(), claim_expires_at=sa.null())
-        .returning(jobs.c.id, jobs.c.queue, jobs.c.task, jobs.c.attempt, jobs.c.claimed_by, jobs.c.claimed_at)
+        .values(
+            status=sa.case((asked, CANCELLED), else_=PENDING),
+            claim_token=sa.null(),
+            claim_expires_at=sa.null(),
+            cancel_requested_at=sa.null(),
+            finished_at=sa.case((asked, now())),
+        )
+        .returning(
+            jobs.c.id,
+            jobs.c.queue,
+            jobs.c.task,
+            jobs.c.attempt,
+            jobs.c.status,
+            jobs.c.claimed_by,
+            jobs.c.claimed_at,
+        )
     ).all()
-    record_all(
-        connection,
-        tables,
-        released,
-        event=EventType.RELEASE,
-        actor=actor,
-        from_status=JobStatus.RUNNING,
-        to_status=JobStatus.PENDING,
-        reason="the answer to the claim was lost",
-    )
+    for status, event in ((JobStatus.PENDING, EventType.RELEASE), (JobStatus.CANCELLED, EventType.CANCEL)):
+        record_all(
+            connection,
+            tables,
+            [row for row in released if row.status == status],
+            event=event,
+            actor=actor,
+            from_status=JobStatus.RUNNING,
+            to_status=status,
+            reason="the answer to the claim was lost" if event is EventType.RELEASE else ASKED_TO_STOP,
+        )
     return [row.id for row in released]
 
 
@@ -720,13 +765,14 @@ def _upkeep(tables: Tables) -> sa.Select[Any]:
 
 
 def sweep(connection: sa.Connection, tables: Tables, *, limit: int, actor: str) -> SweepResult:
-    """Take up to `limit` jobs from workers whose lease has run out: pending again with a retry charged, or dead.
+    """Take up to `limit` jobs from workers whose lease has run out: pending again with a retry charged, or dead; or
+    cancelled, where somebody had asked them to stop.
 
     One statement, which checks the lease again once it has the row's lock: a job that was just finished or
     extended is left alone.
     """
     swept = connection.execute(_sweep(tables), {"limit": limit}).all()
-    for status in (JobStatus.PENDING, JobStatus.DEAD):
+    for status in (JobStatus.PENDING, JobStatus.DEAD, JobStatus.CANCELLED):
         record_all(
             connection,
             tables,
@@ -735,12 +781,16 @@ def sweep(connection: sa.Connection, tables: Tables, *, limit: int, actor: str) 
             actor=actor,
             from_status=JobStatus.RUNNING,
             to_status=status,
-            reason=lambda row: f"the lease of {row.claimed_by} ran out",
+            reason=lambda row: (
+                f"the lease of {row.claimed_by} ran out"
+                + (" after the job was asked to stop" if row.status == JobStatus.CANCELLED else "")
+            ),
             error=WORKER_LOST,
         )
     return SweepResult(
         returned=[row.id for row in swept if row.status == JobStatus.PENDING],
         dead=[row.id for row in swept if row.status == JobStatus.DEAD],
+        cancelled=[row.id for row in swept if row.status == JobStatus.CANCELLED],
     )
 
 
@@ -754,14 +804,17 @@ def _sweep(tables: Tables) -> sa.Update:
         .limit(sa.bindparam("limit", type_=sa.Integer()))
         .with_for_update(skip_locked=True)
     )
+    asked = jobs.c.cancel_requested_at.is_not(None)
     exhausted = jobs.c.retries >= jobs.c.max_retries
     return (
         sa.update(jobs)
         .where(id_in(jobs.c.id, expired.scalar_subquery()))
         .values(
-            status=sa.case((exhausted, DEAD), else_=PENDING),
-            retries=jobs.c.retries + sa.case((exhausted, sa.literal_column("0")), else_=sa.literal_column("1")),
-            finished_at=sa.case((exhausted, now())),
+            status=sa.case((asked, CANCELLED), (exhausted, DEAD), else_=PENDING),
+            retries=jobs.c.retries
+            + sa.case((sa.or_(asked, exhausted), sa.literal_column("0")), else_=sa.literal_column("1")),
+            finished_at=sa.case((sa.or_(asked, exhausted), now())),
+            cancel_requested_at=sa.null(),
             claim_token=sa.null(),
             claim_expires_at=sa.null(),
             error=json_of(sa.literal(json.dumps(WORKER_LOST.as_dict()), sa.Text())),

@@ -44,6 +44,7 @@ from pgqueue.engine import (
     is_in_memory,
     is_refusal,
     is_transient,
+    looking,
     make_async_engine,
     parse_url,
 )
@@ -51,6 +52,8 @@ from pgqueue.errors import ConfigurationError, IllegalTransition
 from pgqueue.events import DELIVER_SECONDS, EventName, event_of, events_of, events_of_swept
 from pgqueue.executor import cancelled_itself, execute, execute_async, outcome_of
 from pgqueue.job import (
+    ASKED_TO_STOP,
+    Cancelled,
     ClaimedJob,
     Completed,
     ErrorInfo,
@@ -64,7 +67,7 @@ from pgqueue.job import (
 from pgqueue.lanes import Lanes
 from pgqueue.loop import DatabaseLoop, LoopEnded, Outage, TaskLoop
 from pgqueue.middleware import wrapped
-from pgqueue.notifier import WakeListener
+from pgqueue.notifier import STOP, WakeListener
 from pgqueue.retry import Retry, decide
 from pgqueue.scheduler import Scheduler
 from pgqueue.slots import Slots
@@ -81,6 +84,9 @@ FINISH_CHARACTERS_MAX = 8 * 1024 * 1024
 
 #: The most expired claims taken back in one statement.
 SWEEP_JOBS_MAX = 500
+
+#: How often a worker that holds jobs looks whether somebody wants one of them stopped, should no notification say so.
+LOOK_SECONDS = 1.0
 
 #: The row of a worker that gave no sign of life for so long is dropped.
 SILENT_WORKER_SECONDS = 3600.0
@@ -103,6 +109,8 @@ DRAIN_SECONDS_MIN = 0.01
 
 STOPPED_UNSTARTED = Released("the worker stopped before it started the job")
 STOPPED_RUNNING = Released("the worker stopped while the job was running")
+STOPPED_ON_REQUEST = Cancelled(ASKED_TO_STOP)
+UNSTARTED_ON_REQUEST = Cancelled("it was asked to stop before it was started")
 STALE = Released("its lease may have run out before it was started")
 TAKEN = "it was taken from this worker before its attempt ended"
 OUTCOME_REFUSED = "it was taken from this worker; the outcome of the attempt was refused"
@@ -116,7 +124,7 @@ class WorkerReport:
     completed: int = 0
     retried: int = 0
     dead: int = 0  #: attempts and sweeps after which a job was dead
-    cancelled: int = 0
+    cancelled: int = 0  #: attempts and sweeps after which a job was cancelled
     snoozed: int = 0
     released: int = 0
     lost: int = 0  #: claims that were lost: their outcome was refused
@@ -200,9 +208,10 @@ class Worker:
         self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._last_beat = time.monotonic()
         self._forget_at = time.monotonic()
+        self._next_beat = 0.0
         self._drain_wait = DRAIN_SECONDS_MIN
         self._async_jobs: dict[ClaimedJob, asyncio.Task[Any]] = {}
-        self._async_stopped: set[ClaimedJob] = set()  # of those, the ones that this worker cancelled
+        self._async_stopped: dict[ClaimedJob, Outcome] = {}  # of those, the ones that this worker cancelled, and why
         self._task_loop: TaskLoop | None = None
         self._async_engine: AsyncEngine | None = None
         self._slots = {
@@ -387,7 +396,7 @@ class Worker:
         """Cancel the `async def` tasks, and give them a moment to end."""
         if self._task_loop is not None:
             for job in list(self._async_jobs):
-                self._task_loop.call(self._cancel_async_job, job)
+                self._task_loop.call(self._cancel_async_job, job, STOPPED_RUNNING)
             self._wait_while(lambda: bool(self._async_jobs), ABORT_SECONDS)
 
     def _leave(self) -> None:
@@ -567,9 +576,12 @@ class Worker:
             self._drain_wait = min(self._drain_wait * 2, self.config.poll_interval)
         return wait
 
-    def _woken(self, queue_name: str | None) -> None:
+    def _woken(self, told: str | None) -> None:
+        if told is not None and told.startswith(STOP):
+            self._told_to_stop(told.removeprefix(STOP))
+            return
         for slots in self._slots.values():
-            if queue_name is None or slots.name == queue_name:
+            if told is None or slots.name == told:
                 slots.looks_empty_until = 0.0
                 self._claimer.wake()
 
@@ -579,6 +591,12 @@ class Worker:
             self._woken(name)
         if self.pgq.engine.dialect.name == POSTGRESQL:
             self.pgq._wake_sender(queues, True)
+
+    def _told_to_stop(self, job_id: str) -> None:
+        """Only a hint: the heartbeat finds out whether the job is to be stopped, or is this worker's no more."""
+        if job_id.isdecimal() and int(job_id) in self._held:
+            self._next_beat = 0.0
+            self._heartbeat.wake()
 
     def room_again(self) -> None:
         self._claimer.wake()
@@ -596,6 +614,9 @@ class Worker:
         """Whether the claim surely holds: not when this process was frozen, or no heartbeat got through."""
         hold = self._hold_of(job)
         if hold is None:
+            return False
+        if job.cancel_requested:
+            self._finish(job, UNSTARTED_ON_REQUEST)
             return False
         if time.monotonic() < hold.sure_until:
             if self._listeners.wanted:
@@ -625,11 +646,10 @@ class Worker:
             else:
                 outcome = await execute_async(definition, job)
         except asyncio.CancelledError:
-            stopped = job in self._async_stopped
-            outcome = STOPPED_RUNNING if stopped else cancelled_itself(definition.retry)
+            outcome = self._async_stopped.get(job) or cancelled_itself(definition.retry)
         finally:
             del self._async_jobs[job]
-            self._async_stopped.discard(job)
+            self._async_stopped.pop(job, None)
         if outcome is not None:
             self._finish(job, outcome)
 
@@ -637,11 +657,11 @@ class Worker:
         assert self._task_loop is not None
         self._task_loop.spawn(slots.run_in_loop, job)
 
-    def _cancel_async_job(self, job: ClaimedJob) -> None:
+    def _cancel_async_job(self, job: ClaimedJob, outcome: Outcome) -> None:
         """Stop an `async def` task, in its event loop; not when it is committing its end."""
         running, hold = self._async_jobs.get(job), self._hold_of(job)
         if running is not None and not (hold is not None and hold.ending):
-            self._async_stopped.add(job)
+            self._async_stopped[job] = outcome
             running.cancel()
 
     def _run_transactional(self, definition: TaskDefinition, job: ClaimedJob) -> Outcome | None:
@@ -899,21 +919,56 @@ class Worker:
     # Heartbeat and sweep
 
     def _heartbeat_step(self, connection: sa.Connection) -> float:
+        """Beat when it is time; in between, look for jobs that are to be stopped."""
+        if time.monotonic() >= self._next_beat:
+            self._beat(connection)
+        elif self._held:
+            with looking(connection):
+                asked = store.asked_to_stop(connection, self.pgq.tables, worker=self.id)
+            for job_id, token in asked:
+                hold = self._held.get(job_id)
+                if hold is not None and hold.job.claim_token == token:
+                    self._ask_to_stop(hold)
+        return min(max(self._next_beat - time.monotonic(), 0.0), LOOK_SECONDS)
+
+    def _beat(self, connection: sa.Connection) -> None:
         """Extend the leases of all jobs held, and let go of those that were lost."""
         asked_at = time.monotonic()
+        # Set before it is done: the next one may be wanted at once meanwhile.
+        self._next_beat = asked_at + self.config.heartbeat_seconds
         holds = list(self._held.values())
         claims = [(hold.job.id, hold.job.claim_token) for hold in holds]
-        # With nothing to extend it is one statement, and that an idle worker often sends.
-        with connection.begin() if claims else committing_each(connection):
-            kept = store.extend(connection, self.pgq.tables, claims, lease=self.config.lease) if claims else set()
-            store.beat(connection, self.pgq.tables, self._row())
+        try:
+            # With nothing to extend it is one statement, and that an idle worker often sends.
+            with connection.begin() if claims else committing_each(connection):
+                kept = store.extend(connection, self.pgq.tables, claims, lease=self.config.lease) if claims else {}
+                store.beat(connection, self.pgq.tables, self._row())
+        except BaseException:
+            self._next_beat = 0.0
+            raise
         self._last_beat = asked_at
         for hold in holds:
             if hold.job.id in kept:
                 hold.sure_until = asked_at + self.config.lease
+                if kept[hold.job.id]:
+                    self._ask_to_stop(hold)
             else:
                 self._lose(hold)
-        return self.config.heartbeat_seconds
+
+    def _ask_to_stop(self, hold: _Hold) -> None:
+        """Stop an attempt as far as its kind allows: from now on only a completion keeps its job from being cancelled.
+
+        A job that is not started yet is not started any more; a `def` task in a thread can only look.
+        """
+        job = hold.job
+        if job.cancel_requested:
+            return
+        job.cancel_requested = True
+        if hold.ending:
+            return
+        logger.info("job %d (task %s) is asked to stop in its attempt %d", job.id, job.task, job.attempt)
+        if self._task_loop is not None:
+            self._task_loop.call(self._cancel_async_job, job, STOPPED_ON_REQUEST)
 
     def _lose(self, hold: _Hold) -> None:
         """Let go of a job that is no longer this worker's, unless its end is just being written: that will tell."""
@@ -936,7 +991,7 @@ class Worker:
         if EventName.LOST in self._listeners.wanted:
             self._listeners.tell([event_of(EventName.LOST, job, reason=TAKEN)])
         if self._task_loop is not None:
-            self._task_loop.call(self._cancel_async_job, job)
+            self._task_loop.call(self._cancel_async_job, job, STOPPED_RUNNING)
         if self.config.max_jobs is not None or self.config.drain:
             self._claimer.wake()
 
@@ -971,7 +1026,12 @@ class Worker:
                     return self.config.heartbeat_seconds
                 retention.keep_dead_of_tasks(connection, self.pgq.tables, found.dead, self._keep_dead)
                 jobs = self.pgq._stored(
-                    connection, [*found.returned, *found.dead], EventName.FAILED, EventName.RETRIED, EventName.DEAD
+                    connection,
+                    [*found.returned, *found.dead, *found.cancelled],
+                    EventName.FAILED,
+                    EventName.RETRIED,
+                    EventName.DEAD,
+                    EventName.CANCELLED,
                 )
             self._listeners.tell(told for job in jobs for told in events_of_swept(job))
             swept = found.count
@@ -989,11 +1049,13 @@ class Worker:
         with self._lock:
             self.report.swept += swept.count
             self.report.dead += len(swept.dead)
+            self.report.cancelled += len(swept.cancelled)
         logger.warning(
-            "took back %d jobs whose lease had run out: %d pending again, %d dead",
+            "took back %d jobs whose lease had run out: %d pending again, %d dead, %d cancelled",
             swept.count,
             len(swept.returned),
             len(swept.dead),
+            len(swept.cancelled),
         )
         self._woken(None)
 

@@ -49,12 +49,13 @@ def assert_no_two_open_jobs_of_a_task_have_one_key(rows: list[Any]) -> None:
 def assert_claim_and_end_stand_exactly_where_the_status_says(row: Any) -> None:
     assert (row.claim_token is not None) == (row.claim_expires_at is not None) == (row.status == "running")
     assert (row.finished_at is not None) == (row.status not in OPEN)
+    assert row.cancel_requested_at is None or row.status in ("running", "completed")
     assert (row.claimed_by is not None) == (row.claimed_at is not None) == (row.attempt > 0)
 
 
 def assert_events_tell_how_every_attempt_ended_but_a_good_or_present_one(row: Any, events: list[Any]) -> None:
     is_silent = row.status in ("running", "completed")
-    ended = [event.attempt for event in events if event.from_status == "running"]
+    ended = [event.attempt for event in events if event.from_status == "running" != event.to_status]
     assert ended == list(range(1, row.attempt + (0 if is_silent else 1)))
     since_replay = itertools.takewhile(lambda event: event.event != "replay", reversed(events))
     charged = [event for event in since_replay if event.event in ("retry", "sweep") and event.to_status == "pending"]

@@ -367,10 +367,28 @@ def export_jobs(
 
 
 @command(jobs, "cancel")
-def cancel_jobs(settings: Settings, job_ids: JobIds, reason: Reason = None) -> None:
-    """Withdraw pending or running jobs. What a running one's worker still writes is refused."""
+def cancel_jobs(
+    settings: Settings,
+    job_ids: JobIds,
+    force: Annotated[
+        bool, typer.Option("--force", help="Cancel running jobs at once; what their workers still write is refused.")
+    ] = False,
+    reason: Reason = None,
+) -> None:
+    """Cancel pending jobs, and ask the workers of running ones to stop them.
+
+    The status printed is the job's status then. A running job is cancelled when its worker has stopped it; if it comes
+    to its end before, it is completed.
+    """
+
+    def cancel(job: int) -> JobStatus:
+        status = pgq.cancel(job, force=force, reason=reason, actor=actor())
+        if status is JobStatus.RUNNING:
+            print_error(f"job {job} is running; its worker was asked to stop it (--force cancels it at once)")
+        return status
+
     with opened(settings) as pgq:
-        _for_each(settings, job_ids, JobStatus.CANCELLED, lambda job: pgq.cancel(job, reason=reason, actor=actor()))
+        _for_each(settings, job_ids, JobStatus.CANCELLED, cancel)
 
 
 @command(jobs, "delete")
@@ -380,17 +398,20 @@ def delete_jobs(settings: Settings, job_ids: JobIds, reason: Reason = None) -> N
         _for_each(settings, job_ids, "deleted", lambda job: pgq.delete(job, reason=reason, actor=actor()))
 
 
-def _for_each(settings: Settings, job_ids: Iterable[int], status: str, change: Callable[[int], None]) -> None:
-    """Change jobs one by one, print those that were, and exit with the code of the first that could not be."""
+def _for_each(settings: Settings, job_ids: Iterable[int], status: str, change: Callable[[int], str | None]) -> None:
+    """Change jobs one by one, print those that were, and exit with the code of the first that could not be.
+
+    `status` is what they are then, unless `change` says otherwise.
+    """
     changed, code = [], OK
     for job_id in job_ids:
         try:
-            change(job_id)
+            became = change(job_id) or status
         except (JobNotFound, IllegalTransition, DuplicateJob) as error:
             print_error(f"error: {error}")
             code = code or exit_code(error)
         else:
-            changed.append({"id": job_id, "status": str(status)})
+            changed.append({"id": job_id, "status": str(became)})
     if changed or settings.output is not None:
         settings.printer().rows(changed, ("id", "status"))
     if code:

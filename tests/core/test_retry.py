@@ -218,6 +218,24 @@ def test_every_outcome_becomes_one_fenced_write_that_keeps_the_books(
     assert written.reason is not None or written.event is None
 
 
+@given(outcomes, st.integers(0, 5), st.integers(0, 5), policies, randoms)
+def test_a_job_that_was_asked_to_stop_is_cancelled_unless_it_completed(
+    outcome: Outcome, retries: int, max_retries: int, policy: Retry, random: float
+) -> None:
+    job = claimed(retries, max_retries)
+    job.cancel_requested = True
+
+    written = decide(job, outcome, policy, random)
+
+    assert (written.job_id, written.claim_token, written.attempt) == (job.id, job.claim_token, job.attempt)
+    if isinstance(outcome, Completed):
+        assert (written.status, written.event) == (JobStatus.COMPLETED, None)
+    else:
+        assert (written.status, written.event) == (JobStatus.CANCELLED, EventType.CANCEL)
+    assert (written.charge_retry, written.delay_seconds) == (False, None)
+    assert written.error == getattr(outcome, "error", None)
+
+
 def test_reasons_tell_where_a_job_stands() -> None:
     policy = Retry(base=2, jitter=False)
 

@@ -47,8 +47,10 @@ def finish_without_fence(gates: Path) -> None:
             connection.execute(statement, {"id": transition.job_id, "result": transition.result_json})
         return {transition.job_id for transition in transitions}
 
-    def extend(connection: sa.Connection, tables: Tables, claims: Sequence[store.Claim], *, lease: float) -> set[int]:
-        return {job_id for job_id, _ in claims}
+    def extend(
+        connection: sa.Connection, tables: Tables, claims: Sequence[store.Claim], *, lease: float
+    ) -> dict[int, bool]:
+        return dict.fromkeys((job_id for job_id, _ in claims), False)
 
     store.finish = finish
     store.extend = extend

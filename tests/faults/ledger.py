@@ -22,7 +22,7 @@ ENDS = {
     "retry": ("pending",),
     "snooze": ("pending",),
     "release": ("pending",),
-    "sweep": ("pending", "dead"),
+    "sweep": ("pending", "dead", "cancelled"),
     "dead": ("dead",),
     "cancel": ("cancelled",),
 }

@@ -379,7 +379,7 @@ def test_every_shape_that_the_code_makes_is_among_them_and_no_other(pgq: PgQueue
     expire(pgq)
     sweep(pgq)
     look()
-    pgq.cancel(claim(pgq, limit=10)[0].id)
+    pgq.cancel(claim(pgq, limit=10)[0].id, force=True)
     look()
     for job in pgq.list_jobs():
         if job.status in ("dead", "cancelled"):

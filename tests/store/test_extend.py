@@ -25,7 +25,7 @@ from pgqueue import ClaimedJob, PgQueue, store
 
 def extend(pgq: PgQueue, *jobs: ClaimedJob, lease: float = 300.0) -> set[int]:
     with pgq.begin() as connection:
-        return store.extend(connection, pgq.tables, [(job.id, job.claim_token) for job in jobs], lease=lease)
+        return set(store.extend(connection, pgq.tables, [(job.id, job.claim_token) for job in jobs], lease=lease))
 
 
 def test_an_extended_lease_ends_so_long_from_now(pgq: PgQueue) -> None:

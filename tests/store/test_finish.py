@@ -201,7 +201,7 @@ def test_a_job_that_is_not_running_takes_nothing_from_its_old_claim(pgq: PgQueue
     elif after == "pending":
         finish(pgq, retried(job))
     else:
-        pgq.cancel(job.id)
+        pgq.cancel(job.id, force=True)
         if after == "deleted":
             pgq.delete(job.id)
     before = everything(pgq)

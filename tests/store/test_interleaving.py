@@ -19,6 +19,7 @@ from jobs import add, claim, claim_one, completed, died, everything, expire, ret
 from support import PATIENCE_SECONDS
 
 from pgqueue import ClaimedJob, ClaimLost, IllegalTransition, PgQueue, operations, store
+from pgqueue.job import Transition
 
 Work = Callable[[sa.Connection], Any]
 
@@ -109,8 +110,10 @@ def extends(pg: PgQueue, *jobs: ClaimedJob) -> Work:
     return lambda connection: store.extend(connection, pg.tables, claims, lease=600)
 
 
-def cancels(pg: PgQueue, job: ClaimedJob) -> Work:
-    return lambda connection: operations.cancel_job(connection, pg.tables, job.id, actor="operator", reason=None)
+def cancels(pg: PgQueue, job: ClaimedJob, *, force: bool = True) -> Work:
+    return lambda connection: operations.cancel_job(
+        connection, pg.tables, job.id, actor="operator", reason=None, force=force
+    )
 
 
 def claims(pg: PgQueue) -> Work:
@@ -214,10 +217,41 @@ def test_a_cancel_a_sweep_and_a_finish_end_a_job_once_in_every_order(pg: PgQueue
         cancelled, swept, written = play(pg, [cancels(pg, job), sweeps(pg, "s"), finishes(pg, job, how=died)], order)
 
         assert unexpected([cancelled, swept, written]) == [], order
-        ends = [cancelled is None, bool(swept.dead), bool(written)]
+        ends = [cancelled == "cancelled", bool(swept.dead), bool(written)]
         assert ends.count(True) == 1, order
         (event,) = pg.job_events(job_id)
         assert event["event"] == ["cancel", "sweep", "dead"][ends.index(True)], order
+        clear(pg)
+
+
+@pytest.mark.parametrize("how", [completed, retried, died])
+def test_a_request_to_stop_a_sweep_and_a_finish_end_a_job_once_in_every_order(
+    pg: PgQueue, how: Callable[[ClaimedJob], Transition]
+) -> None:
+    for order in orders(3):
+        (job_id,) = add(pg, max_retries=3)
+        job = claim_one(pg)
+        expire(pg)
+
+        asked, swept, written = play(
+            pg, [cancels(pg, job, force=False), sweeps(pg, "s"), finishes(pg, job, how=how)], order
+        )
+
+        assert unexpected([asked, swept, written]) == [], order
+        stored = row(pg, job_id)
+        kinds = [event["event"] for event in pg.job_events(job_id)]
+        assert [swept.count, len(written)].count(1) == 1, order
+        ended = [] if stored.status == "completed" else ["sweep" if swept.count else "cancel"]
+        if asked == "running":  # before the end: whatever else the end was to be, the job is cancelled
+            assert stored.status == ("completed" if how is completed and written else "cancelled"), order
+            assert kinds == ["cancel_requested", *ended], order
+            assert stored.retries == 0, order
+        elif asked == "cancelled":  # after the end, while it waited to be tried again
+            assert stored.status == "cancelled", order
+            assert kinds[-1] == "cancel", order
+        else:  # after the end
+            assert isinstance(asked, IllegalTransition), order
+            assert stored.status in ("completed", "dead"), order
         clear(pg)
 
 

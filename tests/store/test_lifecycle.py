@@ -74,7 +74,10 @@ STEPS: dict[str, tuple[int, dict[str, st.SearchStrategy[Any]]]] = {
     "let_a_lease_run_out": (4, {"number": picks, "sweeps": st.booleans(), "limit": limits}),
     "sweep": (1, {}),
     "let_delays_pass": (1, {}),
-    "operate": (4, {"call": st.sampled_from(["cancel", "replay", "replay", "delete"]), "number": picks}),
+    "operate": (
+        5,
+        {"call": st.sampled_from(["cancel", "cancel", "force", "replay", "replay", "delete"]), "number": picks},
+    ),
     "prune": (
         1,
         {
@@ -106,6 +109,7 @@ class Expected:
     retries: int = 0
     token: uuid.UUID | None = None
     has_expired: bool = False
+    is_asked: bool = False  # to stop
     is_old: bool = False  # became final long ago
     events: list[str] = field(default_factory=list)
 
@@ -115,7 +119,10 @@ class Expected:
 
     def end(self, status: str, event: str | None, *, charge: bool = False, is_due: bool | None = None) -> None:
         """The attempt is over, or the job was changed by hand."""
-        self.status = status
+        if self.is_asked and status != "completed":
+            status, charge, is_due = "cancelled", False, None
+            event = "sweep" if event == "sweep" else "cancel"
+        self.status, self.is_asked = status, False
         self.token, self.has_expired, self.is_old = None, False, False
         self.retries += charge
         self.is_due = self.is_due if is_due is None else is_due
@@ -280,15 +287,18 @@ class Lifecycle(RuleBasedStateMachine):
 
     def sweep(self) -> None:
         expired = [job.id for job in self.jobs.values() if job.has_expired]
-        dead = self._swept(expired)
+        self._swept(expired)
         swept = sweep(self.pgq)
-        assert (set(swept.dead), set(swept.returned)) == (dead, set(expired) - dead)
+        became = {"dead": swept.dead, "pending": swept.returned, "cancelled": swept.cancelled}
+        assert {job_id: status for status, ids in became.items() for job_id in ids} == {
+            job_id: self.jobs[job_id].status for job_id in expired
+        }
 
-    def _swept(self, expired: list[int]) -> set[int]:
-        dead = {job_id for job_id in expired if self.jobs[job_id].retries >= self.jobs[job_id].max_retries}
+    def _swept(self, expired: list[int]) -> None:
         for job_id in expired:
-            self.jobs[job_id].end("dead" if job_id in dead else "pending", "sweep", charge=job_id not in dead)
-        return dead
+            job = self.jobs[job_id]
+            is_exhausted = job.retries >= job.max_retries
+            job.end("dead" if is_exhausted else "pending", "sweep", charge=not is_exhausted)
 
     def let_delays_pass(self) -> None:
         make_due(self.pgq)
@@ -300,7 +310,9 @@ class Lifecycle(RuleBasedStateMachine):
 
     def operate(self, call: str, number: int) -> None:
         """On some job: mostly one of the latest that stand as they must, else any, perhaps one that is gone."""
-        allowed = {"cancel": audit.OPEN, "replay": ("dead", "cancelled"), "delete": NOT_RUNNING}[call]
+        allowed = {"cancel": audit.OPEN, "force": audit.OPEN, "replay": ("dead", "cancelled"), "delete": NOT_RUNNING}[
+            call
+        ]
         fit = [job.id for job in self.jobs.values() if job.status in allowed]
         known = fit[-5:] if fit and number % 4 else [*self.jobs, *self.deleted]
         job_id = known[number // 4 % len(known)]
@@ -313,10 +325,19 @@ class Lifecycle(RuleBasedStateMachine):
         elif call == "replay" and self._holder(job.task, job.key):
             error = DuplicateJob
         with pytest.raises(error) if error else nullcontext():
-            getattr(self.pgq, call)(job_id)
+            status = (
+                self.pgq.cancel(job_id, force=call == "force")
+                if call in ("cancel", "force")
+                else getattr(self.pgq, call)(job_id)
+            )
         if job is None or error:
             return
-        if call == "cancel":
+        if call == "cancel" and job.status == "running":
+            assert status == "running"
+            job.events += [] if job.is_asked else ["cancel_requested"]
+            job.is_asked = True
+        elif call in ("cancel", "force"):
+            assert status == "cancelled"
             job.end("cancelled", "cancel")
         elif call == "replay":
             job.end("pending", "replay", is_due=True)

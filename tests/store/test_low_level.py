@@ -527,7 +527,7 @@ def test_a_claim_on_a_job_that_was_cancelled_or_deleted_changes_nothing(consumer
     add(consumer.pgq)
     job = consumer.claim_one()
 
-    consumer.pgq.cancel(job.id)
+    consumer.pgq.cancel(job.id, force=True)
     assert_every_end_is_refused(consumer, job)
     consumer.pgq.delete(job.id)
     assert_every_end_is_refused(consumer, job)
@@ -539,8 +539,8 @@ def test_what_was_lost_is_named_and_the_others_are_written(
 ) -> None:
     add(consumer.pgq, 4)
     held, cancelled, gone, also_held = jobs = consumer.claim(limit=4)
-    consumer.pgq.cancel(cancelled.id)
-    consumer.pgq.cancel(gone.id)
+    consumer.pgq.cancel(cancelled.id, force=True)
+    consumer.pgq.cancel(gone.id, force=True)
     before = {job.id: row(consumer.pgq, job.id) for job in jobs}
 
     with pytest.raises(ClaimLost, match=f"the claim on jobs {cancelled.id}, {gone.id} was lost"):

@@ -147,11 +147,11 @@ def test_a_pending_job_can_be_cancelled_and_is_not_claimed(pgq: PgQueue, delay: 
     assert (event["from_status"], event["to_status"]) == ("pending", "cancelled")
 
 
-def test_a_running_job_can_be_cancelled_and_its_worker_writes_nothing_more(pgq: PgQueue) -> None:
+def test_a_running_job_can_be_cancelled_by_force_and_its_worker_writes_nothing_more(pgq: PgQueue) -> None:
     add(pgq)
     job = claim_one(pgq)
 
-    pgq.cancel(job.id)
+    assert pgq.cancel(job.id, force=True) is JobStatus.CANCELLED
 
     before = everything(pgq)
     assert finish(pgq, completed(job)) == finish(pgq, died(job)) == set()

@@ -277,12 +277,12 @@ def test_a_job_that_was_lost_while_it_waited_in_the_buffer_is_not_started(pgq: P
     assert (worker.report.lost, worker.report.completed) == (1, 2)
 
 
-def test_a_job_that_the_operator_cancels_while_it_runs_is_lost_to_its_worker(pgq: PgQueue, gate: Gate) -> None:
+def test_a_job_that_the_operator_cancels_by_force_is_lost_to_its_worker(pgq: PgQueue, gate: Gate) -> None:
     job_id = enqueue(held_up(pgq, gate, "async def"))
 
     with working(pgq, **ALIVE) as worker:
         wait_for(lambda: gate.inside, "the job to run")
-        pgq.cancel(job_id)
+        pgq.cancel(job_id, force=True)
         wait_for(lambda: worker._slots["default"].running == 0, "the task to be stopped")
 
     assert pgq.get_job(job_id).status == "cancelled"

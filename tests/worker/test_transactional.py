@@ -280,7 +280,7 @@ def test_a_claim_that_was_lost_meanwhile_takes_the_rows_with_it(
         if taken == "seized":
             seize(pgq, job_id)
         else:
-            pgq.cancel(job_id)
+            pgq.cancel(job_id, force=True)
         leave_effect(session)
         return "too late"
 

@@ -6,10 +6,9 @@ WHERE pgqueue.jobs.id = ANY (ARRAY(
         JOIN json_to_recordset(CAST(%(claims)s::VARCHAR AS JSON)) AS r(id BIGINT, token UUID) ON pgqueue.jobs.id =
             r.id
         AND pgqueue.jobs.claim_token = r.token
-        FOR UPDATE OF jobs SKIP LOCKED))
-RETURNING pgqueue.jobs.id;
+        FOR UPDATE OF jobs SKIP LOCKED));
 
-SELECT pgqueue.jobs.id
+SELECT pgqueue.jobs.id, pgqueue.jobs.cancel_requested_at IS NOT NULL AS asked
 FROM pgqueue.jobs
 JOIN json_to_recordset(CAST(%(claims)s::VARCHAR AS JSON)) AS r(id BIGINT, token UUID) ON pgqueue.jobs.id = r.id
 AND pgqueue.jobs.claim_token = r.token;

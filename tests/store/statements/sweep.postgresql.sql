@@ -1,8 +1,10 @@
 UPDATE pgqueue.jobs
-SET status=CASE WHEN (pgqueue.jobs.retries >= pgqueue.jobs.max_retries) THEN 'dead' ELSE 'pending' END,
-    claim_token=NULL, claim_expires_at=NULL, retries=(pgqueue.jobs.retries + CASE WHEN (pgqueue.jobs.retries >=
+SET status=CASE WHEN (pgqueue.jobs.cancel_requested_at IS NOT NULL) THEN 'cancelled' WHEN (pgqueue.jobs.retries >=
+    pgqueue.jobs.max_retries) THEN 'dead' ELSE 'pending' END, claim_token=NULL, claim_expires_at=NULL,
+    retries=(pgqueue.jobs.retries + CASE WHEN (pgqueue.jobs.cancel_requested_at IS NOT NULL OR pgqueue.jobs.retries >=
     pgqueue.jobs.max_retries) THEN 0 ELSE 1 END), error=CAST(%(param_1)s::VARCHAR AS jsonb), finished_at=CASE WHEN
-    (pgqueue.jobs.retries >= pgqueue.jobs.max_retries) THEN now() END
+    (pgqueue.jobs.cancel_requested_at IS NOT NULL OR pgqueue.jobs.retries >= pgqueue.jobs.max_retries) THEN now() END,
+    cancel_requested_at=NULL
 WHERE pgqueue.jobs.id = ANY (ARRAY(
         SELECT pgqueue.jobs.id
         FROM pgqueue.jobs

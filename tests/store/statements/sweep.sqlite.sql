@@ -1,8 +1,10 @@
 UPDATE pgqueue_jobs
-SET status=CASE WHEN (pgqueue_jobs.retries >= pgqueue_jobs.max_retries) THEN 'dead' ELSE 'pending' END,
-    claim_token=NULL, claim_expires_at=NULL, retries=(pgqueue_jobs.retries + CASE WHEN (pgqueue_jobs.retries >=
-    pgqueue_jobs.max_retries) THEN 0 ELSE 1 END), error=?, finished_at=CASE WHEN (pgqueue_jobs.retries >=
-    pgqueue_jobs.max_retries) THEN strftime('%Y-%m-%d %H:%M:%f', 'now') END
+SET status=CASE WHEN (pgqueue_jobs.cancel_requested_at IS NOT NULL) THEN 'cancelled' WHEN (pgqueue_jobs.retries >=
+    pgqueue_jobs.max_retries) THEN 'dead' ELSE 'pending' END, claim_token=NULL, claim_expires_at=NULL,
+    retries=(pgqueue_jobs.retries + CASE WHEN (pgqueue_jobs.cancel_requested_at IS NOT NULL OR pgqueue_jobs.retries >=
+    pgqueue_jobs.max_retries) THEN 0 ELSE 1 END), error=?, finished_at=CASE WHEN (pgqueue_jobs.cancel_requested_at IS
+    NOT NULL OR pgqueue_jobs.retries >= pgqueue_jobs.max_retries) THEN strftime('%Y-%m-%d %H:%M:%f', 'now') END,
+    cancel_requested_at=NULL
 WHERE pgqueue_jobs.id IN (
     SELECT pgqueue_jobs.id
     FROM pgqueue_jobs
