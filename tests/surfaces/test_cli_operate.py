@@ -96,6 +96,20 @@ def test_a_dead_job_is_put_back_with_who_did_it_and_why(pgqueue: Command, pgq: P
     )
 
 
+def test_a_running_job_is_asked_to_stop_and_cancelled_by_force(pgqueue: Command, pgq: PgQueue) -> None:
+    with pgq.begin() as connection:
+        job_id = pgq.external_task("running").using(queue="running").enqueue(connection).id
+    pgq.claim("worker-1", queue="running")
+
+    asked = pgqueue("jobs", "cancel", job_id, "-o", "jsonl")
+    forced = pgqueue.json("jobs", "cancel", job_id, "--force")
+
+    assert asked.stdout == f'{{"id": {job_id}, "status": "running"}}\n'
+    assert f"job {job_id} is running; its worker was asked to stop it (--force cancels it at once)" in asked.stderr
+    assert forced == [{"id": job_id, "status": "cancelled"}]
+    assert [event["event"] for event in pgq.job_events(job_id)] == ["cancel_requested", "cancel"]
+
+
 def test_jobs_are_cancelled_and_deleted(pgqueue: Command, pgq: PgQueue, jobs: dict[str, int]) -> None:
     cancelled = pgqueue.json("jobs", "cancel", jobs["pending"])
     deleted = pgqueue.json("jobs", "delete", jobs["pending"], jobs["dead"])

@@ -4,4 +4,5 @@ SET status=CASE WHEN (pgqueue.jobs.cancel_requested_at IS NOT NULL) THEN 'cancel
     now() END, cancel_requested_at=NULL
 WHERE pgqueue.jobs.status = 'running'
 AND pgqueue.jobs.claim_token = %(claim_token_1)s::UUID
-RETURNING pgqueue.jobs.id, pgqueue.jobs.queue, pgqueue.jobs.task, pgqueue.jobs.attempt, pgqueue.jobs.status;
+RETURNING pgqueue.jobs.id, pgqueue.jobs.queue, pgqueue.jobs.task, pgqueue.jobs.attempt, pgqueue.jobs.status,
+    pgqueue.jobs.claimed_by, pgqueue.jobs.claimed_at;

@@ -4,4 +4,4 @@ SET status=CASE WHEN (pgqueue_jobs.cancel_requested_at IS NOT NULL) THEN 'cancel
     strftime('%Y-%m-%d %H:%M:%f', 'now') END, cancel_requested_at=NULL
 WHERE pgqueue_jobs.status = 'running'
 AND pgqueue_jobs.claim_token = ?
-RETURNING id, queue, task, attempt, status;
+RETURNING id, queue, task, attempt, status, claimed_by, claimed_at;

@@ -11,4 +11,5 @@ FROM json_to_recordset(CAST(%(finished)s::VARCHAR AS JSON)) AS r(id BIGINT, toke
     PRECISION, charge INTEGER, error TEXT)
 WHERE pgqueue.jobs.id = r.id
 AND pgqueue.jobs.claim_token = r.token
-RETURNING pgqueue.jobs.id, pgqueue.jobs.queue, pgqueue.jobs.task, pgqueue.jobs.status;
+RETURNING pgqueue.jobs.id, pgqueue.jobs.queue, pgqueue.jobs.task, pgqueue.jobs.status, pgqueue.jobs.claimed_by,
+    pgqueue.jobs.claimed_at;

@@ -12,4 +12,4 @@ FROM (
     FROM json_each(?) AS e) AS r
 WHERE pgqueue_jobs.id = r.id
 AND pgqueue_jobs.claim_token = r.token
-RETURNING id, queue, task, status;
+RETURNING id, queue, task, status, claimed_by, claimed_at;
