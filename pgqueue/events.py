@@ -386,6 +386,8 @@ def event_of_stored(name: EventName, job: Job, reason: str | None) -> JobEvent:
 
 def events_of_swept(job: Job) -> list[JobEvent]:
     """What is told of a job that was taken back from a worker whose lease had run out."""
-    became = EventName.DEAD if job.status == JobStatus.DEAD else EventName.RETRIED
     reason = f"the lease of {job.claimed_by} ran out"
+    if job.status == JobStatus.CANCELLED:
+        return [event_of_stored(EventName.CANCELLED, job, reason)]
+    became = EventName.DEAD if job.status == JobStatus.DEAD else EventName.RETRIED
     return [event_of_stored(name, job, reason) for name in (EventName.FAILED, became)]

@@ -45,7 +45,8 @@ def finish(connection: sa.Connection, tables: Tables, transitions: Sequence[Tran
         # In their order: of two ends of one job the first has lost its claim.
         left = [t for t in transitions if t.keep_seconds is None or t.status is not JobStatus.COMPLETED]
         finished = store.finish(connection, tables, left, actor=actor)
-        keep_dead(connection, tables, {t.job_id: t.keep_seconds or 0.0 for t in dying if t.job_id in finished})
+        died = [t for t in dying if t.job_id in finished and t.status is JobStatus.DEAD]  # and was not cancelled
+        keep_dead(connection, tables, {t.job_id: t.keep_seconds or 0.0 for t in died})
         written |= finished
     return written
 
@@ -71,9 +72,9 @@ def _delete(connection: sa.Connection, tables: Tables, transitions: Sequence[Tra
     with_events = {transition.job_id for transition in transitions if transition.attempt > 1}
     gone: set[store.Claim] = set()
     for token, ids in by_claim.items():
-        for job_id, keyed in connection.execute(_delete_alike(tables), {"ids": sorted(ids), "token": token}):
+        for job_id, has_past in connection.execute(_delete_alike(tables), {"ids": sorted(ids), "token": token}):
             gone.add((job_id, token))
-            if keyed:  # it may have replaced an earlier one
+            if has_past:  # it may have replaced an earlier one, or was asked to stop
                 with_events.add(job_id)
     with_events &= {job_id for job_id, _ in gone}
     if with_events:
@@ -91,7 +92,7 @@ def _delete_alike(tables: Tables) -> Any:
             jobs.c.claim_token == sa.bindparam("token", type_=sa.Uuid()),
             _nobody_waits_for(jobs),
         )
-        .returning(jobs.c.id, jobs.c.unique_key.is_not(None))
+        .returning(jobs.c.id, sa.or_(jobs.c.unique_key.is_not(None), jobs.c.cancel_requested_at.is_not(None)))
     )
 
 
