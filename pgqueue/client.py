@@ -418,26 +418,33 @@ class PgQueue:
         rate: Rate | None = None,
         keep_completed: float | timedelta | None = None,
         keep_dead: float | timedelta | None = None,
+        register: bool = True,
     ) -> Task[..., Any]:
         """Register a task that is worked on elsewhere: by consumers that use `claim`, `ack` and `nack`.
 
         Its payload may hold anything JSON can carry. Workers do not claim it.
+        register=False: it is not added to `tasks`, only returned, for names that come from outside of the program.
         """
 
         def external(**payload: Any) -> None:
             raise RuntimeError(f"task {name!r} is external: it has no function to run here")
 
-        task = self._register(
-            external,
-            name=name,
-            queue=queue,
-            priority=priority,
-            retry=Retry(max_retries=max_retries),
-            concurrency=concurrency,
-            rate=rate,
-            keep_completed=keep_completed,
-            keep_dead=keep_dead,
-        )
+        task: Task[..., Any]
+        if register:
+            task = self._register(
+                external,
+                name=name,
+                queue=queue,
+                priority=priority,
+                retry=Retry(max_retries=max_retries),
+                concurrency=concurrency,
+                rate=rate,
+                keep_completed=keep_completed,
+                keep_dead=keep_dead,
+            )
+        else:
+            retry = Retry(max_retries=max_retries)
+            task = Task(self, TaskDefinition(name, external, queue=queue, priority=priority, retry=retry))
         task.external = True
         return task
 
@@ -586,31 +593,51 @@ class PgQueue:
     # Claims, for consumers that are not tasks
 
     def claim(
-        self, worker: str, *, queue: str = DEFAULT_QUEUE, limit: int = 1, lease: float | timedelta = 30.0
+        self,
+        worker: str,
+        *,
+        queue: str = DEFAULT_QUEUE,
+        tasks: Sequence[str] | None = None,
+        limit: int = 1,
+        lease: float | timedelta = 30.0,
     ) -> list[ClaimedJob]:
         """Claim up to `limit` due jobs of a queue for `lease` seconds; an empty list when there are none.
 
+        `tasks`: only jobs of the tasks of these names.
         First takes back claims that have expired, so that what a dead consumer held is among the result.
         """
         if not self._limits_declared and self.declared_limits:
             self.declare_limits()
-        return self._run(lambda connection: self._claim(connection, worker, queue, limit, lease))
+        return self._run(lambda connection: self._claim(connection, worker, queue, tasks, limit, lease))
 
     async def claim_async(
-        self, worker: str, *, queue: str = DEFAULT_QUEUE, limit: int = 1, lease: float | timedelta = 30.0
+        self,
+        worker: str,
+        *,
+        queue: str = DEFAULT_QUEUE,
+        tasks: Sequence[str] | None = None,
+        limit: int = 1,
+        lease: float | timedelta = 30.0,
     ) -> list[ClaimedJob]:
         if not self._limits_declared and self.declared_limits:
             await asyncio.to_thread(self.declare_limits)
-        return await self._run_async(lambda connection: self._claim(connection, worker, queue, limit, lease))
+        return await self._run_async(lambda connection: self._claim(connection, worker, queue, tasks, limit, lease))
 
     def _claim(
-        self, connection: sa.Connection, worker: str, queue: str, limit: int, lease: float | timedelta
+        self,
+        connection: sa.Connection,
+        worker: str,
+        queue: str,
+        tasks: Sequence[str] | None,
+        limit: int,
+        lease: float | timedelta,
     ) -> list[ClaimedJob]:
         checked_name("queue", queue)
         if not isinstance(worker, str) or not worker or "\0" in worker or not _is_unicode(worker):
             raise ConfigurationError(
                 f"worker must be a name that is not empty, without NUL characters and lone surrogates, got {worker!r}"
             )
+        names = None if tasks is None else _checked_tasks(tasks)
         _checked_limit(limit)
         seconds = _checked_lease(lease)
         store.sweep(connection, self.tables, limit=SWEEP_BEFORE_CLAIM, actor=worker)
@@ -620,6 +647,7 @@ class PgQueue:
             "token": uuid.uuid4(),
             "limit": limit,
             "lease": seconds,
+            "tasks": names,
         }
         claimed = store.claim(connection, self.tables, **asked)
         return claimed or limits.claim(connection, self.tables, **asked).jobs
@@ -648,6 +676,12 @@ class PgQueue:
             if task.definition.limits != Limits():
                 declared["task", name] = task.definition.limits
         return declared
+
+    def get_claim(self, job_id: int, token: uuid.UUID) -> ClaimedJob:
+        """The job as the holder of this claim token has it: for a consumer that kept only the two, such as one behind
+        a web service. Raises ClaimLost when the token is not, or no longer, that of the job; JobNotFound."""
+        with self.reading() as connection:
+            return operations.get_claim(connection, self.tables, job_id, token)
 
     def ack(
         self,
@@ -1797,6 +1831,12 @@ def _require_written(jobs: Sequence[ClaimedJob], written: set[int]) -> None:
             f"the claim on job{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))} was lost: its lease ran out "
             "and it was claimed again, or it was finished or cancelled; nothing was written for it"
         )
+
+
+def _checked_tasks(tasks: Sequence[str]) -> list[str]:
+    if isinstance(tasks, str) or not isinstance(tasks, Sequence) or not all(isinstance(name, str) for name in tasks):
+        raise ConfigurationError(f"tasks must be a list of tasks' names, got {tasks!r}")
+    return [checked_name("task", name) for name in tasks]
 
 
 def _checked_limit(limit: object) -> None:

@@ -9,17 +9,19 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
 
 from pgqueue import dialect, limits, store
 from pgqueue.dialect import UTCDateTime, id_among, json_text, now, seconds_from_now, seconds_since
-from pgqueue.errors import IllegalTransition, JobNotFound
-from pgqueue.job import FINAL_STATUSES, EventType, Job, JobStatus
+from pgqueue.errors import ClaimLost, IllegalTransition, JobNotFound
+from pgqueue.job import FINAL_STATUSES, ClaimedJob, EventType, Job, JobStatus
 from pgqueue.schema import CLAIMABLE, Tables
 
 #: Pending and running jobs are looked for among so many of the newest before the whole table.
@@ -113,6 +115,44 @@ class JobPage:
     jobs: list[Job]
     before_id: int | None  #: where the next page goes on; None: there is nothing more
     complete: bool = True  #: False: only some of the jobs were looked through, down to `before_id`
+
+
+def get_claim(connection: sa.Connection, tables: Tables, job_id: int, token: uuid.UUID) -> ClaimedJob:
+    """The job that is held with this token. Raises JobNotFound, or ClaimLost when another or nobody holds it."""
+    row = connection.execute(_get_claim(tables), {"id": bounded(job_id), "token": token}).one_or_none()
+    if row is None:
+        raise JobNotFound(f"there is no job {job_id}; it may have been deleted or pruned")
+    queue, worker, is_held, *claimed = row
+    if not is_held:
+        raise ClaimLost(
+            f"the claim on job {job_id} was lost: its lease ran out and it was claimed again, or it was finished or "
+            "cancelled"
+        )
+    job, task, payload, priority, run_at, attempt, retries, max_retries, created_at, metadata = claimed
+    return ClaimedJob(
+        job,
+        queue,
+        task,
+        payload,
+        priority,
+        run_at,
+        attempt,
+        retries,
+        max_retries,
+        worker,
+        token,
+        created_at,
+        metadata,
+    )
+
+
+@cache
+def _get_claim(tables: Tables) -> sa.Select[Any]:
+    jobs = tables.jobs
+    is_held = sa.func.coalesce(jobs.c.claim_token == sa.bindparam("token", type_=sa.Uuid()), sa.false())
+    return sa.select(jobs.c.queue, jobs.c.claimed_by, is_held, *store.claimed_columns(jobs)).where(
+        jobs.c.id == sa.bindparam("id", type_=sa.BigInteger())
+    )
 
 
 def list_jobs(

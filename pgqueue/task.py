@@ -188,7 +188,7 @@ class TaskDefinition:
             checked = self.payload_adapter.validate_python(payload)
             text = self.payload_adapter.dump_json(checked, warnings="none").decode()
         except pydantic.ValidationError as error:
-            raise InvalidPayload(f"payload of task {self.name!r} does not fit: {_problems(error)}") from None
+            raise InvalidPayload(f"payload of task {self.name!r} does not fit: {problems(error)}") from None
         except (ValueError, TypeError, RecursionError) as error:
             raise InvalidPayload(
                 f"payload of task {self.name!r} cannot be stored as JSON: {type(error).__name__}: {error}"
@@ -203,7 +203,7 @@ class TaskDefinition:
         try:
             arguments: dict[str, Any] = self.payload_adapter.validate_json(payload_json)
         except pydantic.ValidationError as error:
-            raise InvalidPayload(f"payload of task {self.name!r} does not fit: {_problems(error)}") from None
+            raise InvalidPayload(f"payload of task {self.name!r} does not fit: {problems(error)}") from None
         return arguments
 
 
@@ -359,10 +359,10 @@ def _read_signature(task: TaskDefinition) -> tuple[pydantic.TypeAdapter[Any], tu
         ) from None
 
 
-def _problems(error: pydantic.ValidationError) -> str:
+def problems(error: pydantic.ValidationError) -> str:
     """What did not fit, parameter by parameter; without the values, which may be secret."""
-    problems = []
+    found = []
     for problem in error.errors(include_url=False, include_context=False, include_input=False):
         where = ".".join(str(part) for part in problem["loc"]) or "payload"
-        problems.append(f"{where}: {problem['msg']}")
-    return "; ".join(problems)
+        found.append(f"{where}: {problem['msg']}")
+    return "; ".join(found)

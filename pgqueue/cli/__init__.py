@@ -4,7 +4,7 @@
 which database a command works on. The other modules have the commands.
 """
 
-from pgqueue.cli import db, enqueue, operate, schedules, work
+from pgqueue.cli import db, enqueue, operate, schedules, serve, work
 from pgqueue.cli.program import EXIT_CODES, FAILURE, INTERRUPTED, app, main
 from pgqueue.supervisor import DRAINED_WITH_DEAD
 
@@ -19,5 +19,6 @@ __all__ = [
     "main",
     "operate",
     "schedules",
+    "serve",
     "work",
 ]

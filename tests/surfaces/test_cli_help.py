@@ -37,6 +37,7 @@ def words(text: str) -> str:
 def test_the_commands_are_those_of_the_specification() -> None:
     assert {" ".join(path) for path in COMMANDS if path} == {
         "worker",
+        "serve",
         "enqueue",
         *("jobs", "jobs list", "jobs show", "jobs replay", "jobs edit", "jobs cancel", "jobs delete"),
         *("jobs export", "jobs purge"),
