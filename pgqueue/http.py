@@ -43,10 +43,12 @@ from pgqueue.errors import (
     InvalidPayload,
     JobNotFound,
     PgqueueError,
+    QueueFull,
     SchemaMissing,
     SchemaOutdated,
     TaskNotFound,
 )
+from pgqueue.handle import DROPPED_ID
 from pgqueue.job import ClaimedJob, Job, JobStatus
 from pgqueue.openapi import (
     BODY_BYTES_MAX,
@@ -67,7 +69,7 @@ from pgqueue.openapi import (
 )
 from pgqueue.operations import QueueSummary
 from pgqueue.task import problems
-from pgqueue.tokens import ANYONE, TOKENS_VARIABLE, Principal, Tokens, parse_tokens, tokens_from_environment
+from pgqueue.tokens import ANYONE, TOKENS_VARIABLE, Principal, Scope, Tokens, parse_tokens, tokens_from_environment
 
 __all__ = ["LOCAL_HOSTS", "create_app"]
 
@@ -161,8 +163,8 @@ def create_app(
             f"{TOKENS_VARIABLE} or as tokens=[…]; or say unprotected=True where something in front of it checks who "
             "calls"
         )
-    if not 1 <= threads <= 1000:
-        raise ConfigurationError(f"threads must be between 1 and 1000, got {threads!r}")
+    if not 2 <= threads <= 1000:
+        raise ConfigurationError(f"threads must be between 2 and 1000, got {threads!r}")
     if trusted_hosts is None:
         trusted_hosts = LOCAL_HOSTS if unprotected else ("*",)
     endpoints = _Endpoints(_Service(pgq, any_type), None if unprotected else accepted, threads)
@@ -313,7 +315,7 @@ class _Endpoints:
         self._service = service
         self._tokens = tokens
         self._threads = threads
-        self._limiter: RunVar[anyio.CapacityLimiter] = RunVar(f"pgqueue-http-{uuid.uuid4()}")
+        self._limiters: RunVar[dict[bool, anyio.CapacityLimiter]] = RunVar(f"pgqueue-http-{uuid.uuid4()}")
 
     def route(self, operation: Operation) -> Route:
         route = Route(operation.path, partial(self._answer, operation), methods=list(operation.methods))
@@ -356,11 +358,13 @@ class _Endpoints:
     async def _run(self, operation: Operation, call: _Call) -> _Answer:
         run: Callable[[_Call], _Answer] = getattr(self._service, operation.name)
         try:
-            answer: _Answer = await self._in_thread(partial(run, call))
+            answer: _Answer = await self._in_thread(partial(run, call), enqueues=operation.scope is Scope.ENQUEUE)
             return answer
         except (SchemaMissing, SchemaOutdated, DatabaseUnreachable) as error:
             logger.warning("the database cannot be used: %s", error)
             raise _unavailable() from None
+        except QueueFull as error:
+            raise _full(str(error)) from None
         except PgqueueError as error:
             status = next((status for kind, status in ERROR_STATUSES if isinstance(error, kind)), None)
             if status is None:
@@ -375,14 +379,27 @@ class _Endpoints:
             logger.warning("the database did not do it, and may when asked again: %s", type(error).__name__)
             raise _unavailable() from None
 
-    async def _in_thread(self, run: Callable[[], Any]) -> Any:
-        limiter = self._limiter.get(None)
-        if limiter is None:
-            limiter = anyio.CapacityLimiter(1 if self._service.one_at_a_time else self._threads)
-            self._limiter.set(limiter)
+    async def _in_thread(self, run: Callable[[], Any], *, enqueues: bool = False) -> Any:
+        limiter = self._limiter(enqueues)
         if limiter.statistics().tasks_waiting >= WAITING_MAX:
             raise _Refused(503, "Busy; try again later", {"Retry-After": str(RETRY_AFTER_BUSY)})
         return await anyio.to_thread.run_sync(run, limiter=limiter)
+
+    def _limiter(self, enqueues: bool) -> anyio.CapacityLimiter:
+        """Enqueues have half of the threads: where they wait for room in a queue, workers must be able to make it."""
+        limiters = self._limiters.get(None)
+        if limiters is None:
+            if self._service.one_at_a_time:
+                limiters = dict.fromkeys((True, False), anyio.CapacityLimiter(1))
+            else:
+                half = self._threads // 2
+                limiters = {True: anyio.CapacityLimiter(half), False: anyio.CapacityLimiter(self._threads - half)}
+            self._limiters.set(limiters)
+        return limiters[enqueues]
+
+
+def _full(message: str) -> _Refused:
+    return _Refused(429, message, {"Retry-After": str(RETRY_AFTER_BUSY)})
 
 
 def _unavailable() -> _Refused:
@@ -520,6 +537,8 @@ class _Service:
             raise _Refused(400, str(error)) from None
         with self._pgq.begin() as connection:
             result = task.enqueue(connection, **body.payload)
+        if result.id == DROPPED_ID:
+            raise _full(f"queue {task.options.queue or task.definition.queue!r} is full")
         if key is not None and not result.inserted:
             self._require_same_request(result.id, body)
         queue = task.options.queue or task.definition.queue

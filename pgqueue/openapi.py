@@ -311,7 +311,7 @@ OPERATIONS: tuple[Operation, ...] = (
         Scope.ENQUEUE,
         {202: Enqueued},
         body=TaskBody,
-        errors=(409, 422),
+        errors=(409, 422, 429),
         headers=("Idempotency-Key",),
     ),
     Operation("stats", ("GET",), "/stats", "Count the jobs", Scope.READ, {200: Stats}, query=StatsQuery),
@@ -384,6 +384,7 @@ ERRORS: dict[int, str] = {
     415: "The body is not application/json",
     421: "The Host header names no host that this server answers for",
     422: "The Idempotency-Key was used for another request",
+    429: "The queue is full: try again after Retry-After seconds",
     500: "A mistake of the server's; its log has more under the X-Request-Id",
     503: "The database cannot be reached, or the server is busy: try again after Retry-After seconds",
 }

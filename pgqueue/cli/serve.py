@@ -47,7 +47,7 @@ def serve(
     ] = False,
     threads: Annotated[
         int,
-        typer.Option("--threads", metavar="N", min=1, max=1000, help="Requests at once, each with a connection."),
+        typer.Option("--threads", metavar="N", min=2, max=1000, help="Requests at once, each with a connection."),
     ] = 16,
     shutdown_timeout: Annotated[
         float | None,

@@ -224,6 +224,23 @@ def test_an_idempotency_key_and_a_unique_key_exclude_each_other(refused: Caller)
     assert "not both" in answer["error"]
 
 
+# Full queues -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_full", ["error", "drop"])
+def test_a_full_queue_is_answered_with_429(pgq: PgQueue, on_full: Any) -> None:
+    pgq.queue("mail", max_depth=1, on_full=on_full)
+    caller = Caller(pgq, any_type=True)
+    body = {"type": "email", "payload": {}, "queue": "mail"}
+    caller.post("/task", body, status=202)
+
+    answer = caller.client.post("/task", json=body)
+
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+    assert "queue 'mail' is full" in answer.json()["error"]
+    assert len(pgq.list_jobs()) == 1
+
+
 # Types -----------------------------------------------------------------------------------------------------
 
 

@@ -94,9 +94,9 @@ def test_tokens_are_not_ignored(pgq: PgQueue, monkeypatch: pytest.MonkeyPatch) -
         create_app(pgq, unprotected=True)
 
 
-@pytest.mark.parametrize("threads", [0, 1001])
+@pytest.mark.parametrize("threads", [1, 1001])
 def test_a_number_of_threads_that_cannot_be_is_refused(pgq: PgQueue, threads: int) -> None:
-    with pytest.raises(ConfigurationError, match="threads must be between 1 and 1000"):
+    with pytest.raises(ConfigurationError, match="threads must be between 2 and 1000"):
         create_app(pgq, unprotected=True, threads=threads)
 
 
