@@ -1617,6 +1617,13 @@ class Task(Generic[P, R]):
         task.external, task._is_changed = self.external, True
         return task, request.payloads
 
+    def _seen_by_middleware(self, payload: dict[str, Any]) -> tuple[Task[..., Any], dict[str, Any]]:
+        """This task and a payload, as the middleware, if there is any, wants them."""
+        if not self._has_middleware:
+            return self, payload
+        task, (changed,) = self._changed_by_middleware([payload])
+        return task, changed
+
     def _new_job(self, args: tuple[Any, ...], payload: dict[str, Any]) -> NewJob:
         payload_json = self.definition.encode(self.definition.bind(args, payload))
         job = replace(self._template(), payload_json=payload_json)

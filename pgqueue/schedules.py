@@ -117,7 +117,11 @@ def add_tick(connection: sa.Connection, tables: Tables, name: str, tick: datetim
 @cache
 def _add_tick(tables: Tables) -> Any:
     ticks = tables.schedule_ticks
-    return dialect.insert(tables.dialect_name, ticks).on_conflict_do_nothing().returning(ticks.c.schedule)
+    return (
+        dialect.insert(tables.dialect_name, ticks)
+        .on_conflict_do_nothing(index_elements=[ticks.c.schedule, ticks.c.tick_at])
+        .returning(ticks.c.schedule)
+    )
 
 
 def set_job(connection: sa.Connection, tables: Tables, name: str, tick: datetime, job_id: int) -> None:
@@ -146,20 +150,30 @@ def settled(
 
 def prune_ticks(connection: sa.Connection, tables: Tables) -> int:
     """Delete rows of ticks that are no longer of use, up to PRUNE_TICKS_MAX; how many."""
-    return connection.execute(_prune_ticks(tables), {"limit": PRUNE_TICKS_MAX}).rowcount
+    old = connection.execute(_old_ticks(tables), {"limit": PRUNE_TICKS_MAX}).all()
+    if old:
+        connection.execute(_delete_tick(tables), [{"name": row.schedule, "tick": row.tick_at} for row in old])
+    return len(old)
 
 
 @cache
-def _prune_ticks(tables: Tables) -> sa.Delete:
+def _old_ticks(tables: Tables) -> sa.Select[Any]:
     ticks = tables.schedule_ticks
-    old = (
+    return (
         sa.select(ticks.c.schedule, ticks.c.tick_at)
         .where(ticks.c.created_at < seconds_from_now(sa.literal(-TICKS_KEPT_SECONDS, sa.Float())))
         .order_by(ticks.c.created_at)
         .limit(sa.bindparam("limit", type_=sa.Integer()))
         .with_for_update(skip_locked=True)
     )
-    return sa.delete(ticks).where(sa.tuple_(ticks.c.schedule, ticks.c.tick_at).in_(old))
+
+
+@cache
+def _delete_tick(tables: Tables) -> sa.Delete:
+    ticks = tables.schedule_ticks
+    return sa.delete(ticks).where(
+        ticks.c.schedule == sa.bindparam("name"), ticks.c.tick_at == sa.bindparam("tick", type_=UTCDateTime())
+    )
 
 
 # What code declares ----------------------------------------------------------------------------------------
@@ -324,7 +338,7 @@ def _insert(
             declared_by=actor,
             declared_at=now() if by_code else None,
         )
-        .on_conflict_do_nothing()
+        .on_conflict_do_nothing(index_elements=[schedules.c.name])
         .returning(schedules.c.name)
     )
     return inserted.one_or_none() is not None

@@ -16,7 +16,7 @@ from pgqueue.actor import who, why
 from pgqueue.cron import CronRule, NewSchedule, Schedule, checked_catchup
 from pgqueue.dialect import POSTGRESQL
 from pgqueue.engine import errors_explained
-from pgqueue.errors import ConfigurationError, PgqueueError
+from pgqueue.errors import ConfigurationError, InvalidPayload
 from pgqueue.handle import JobHandle, Queue
 from pgqueue.job import EnqueueResult, Job, NewJob, OnConflict
 from pgqueue.schema import Tables
@@ -307,10 +307,11 @@ def enqueue(
     if tick is not None:
         metadata[TICK_KEY] = tick.astimezone(UTC).isoformat().replace("+00:00", "Z")
     unique_key = None if schedule.overlap else f"schedule:{schedule.name}"
-    job: NewJob | None = None
     task: Any = tasks.get(schedule.task)
     if task is not None:
-        with suppress(PgqueueError, ValueError, RecursionError):
+        job: NewJob | None = None
+        payload: dict[str, Any] | None = None
+        with suppress(ConfigurationError, ValueError, RecursionError):  # a row that somebody made by SQL
             task = task.using(
                 queue=schedule.queue,
                 priority=schedule.priority,
@@ -318,11 +319,15 @@ def enqueue(
                 unique_key=unique_key,
                 metadata=metadata,
             )
-            job = task._new_job((), schedule.payload)
-    if job is not None:
-        handle = task._insert(target, connection, job, may_block=tick is None)
-        return EnqueueResult(handle.id, handle.inserted)
-    job = NewJob(
+            payload = schedule.payload
+        if payload is not None:
+            task, payload = task._seen_by_middleware(payload)
+            with suppress(InvalidPayload):
+                job = task._new_job((), payload)
+        if job is not None:
+            handle = task._insert(target, connection, job, may_block=tick is None)
+            return EnqueueResult(handle.id, handle.inserted)
+    plain = NewJob(
         task=schedule.task,
         payload_json=schedule.payload_json,
         queue=schedule.queue,
@@ -331,4 +336,4 @@ def enqueue(
         unique_key=unique_key,
         metadata_json=json.dumps(metadata),
     )
-    return store.insert_job(connection, tables, job, on_conflict=OnConflict.SKIP, actor=who(None))
+    return store.insert_job(connection, tables, plain, on_conflict=OnConflict.SKIP, actor=who(None))

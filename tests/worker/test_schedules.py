@@ -20,8 +20,10 @@ from working import drain, table, working
 
 from pgqueue import (
     ConfigurationError,
+    EnqueueRequest,
     InvalidPayload,
     NotAwaited,
+    PerKey,
     PgQueue,
     ScheduleNotFound,
     Task,
@@ -310,6 +312,62 @@ def test_a_payload_that_fits_no_more_makes_a_job_that_says_so(pgq: PgQueue, repo
     assert job.status == "dead"
     assert job.error is not None
     assert job.error["type"] == "pgqueue.errors.InvalidPayload"
+
+
+def test_middleware_limits_and_keys_are_those_of_any_enqueue(pgq: PgQueue) -> None:
+    @pgq.task(concurrency=PerKey("tenant", 1))
+    def visit(tenant: str) -> None: ...
+
+    @pgq.middleware("enqueue")
+    def note(request: EnqueueRequest) -> None:
+        request.options["metadata"] = {**request.options["metadata"], "noted": True}
+
+    upsert(pgq, task=visit, payload={"tenant": "a"}, cron=EVERY_MINUTE)
+    set_back(pgq, seconds=90)
+
+    Steps(pgq).settle()
+
+    (job,) = pgq.list_jobs()
+    assert job.concurrency_key is not None
+    assert job.metadata["noted"] is True
+    assert job.metadata["schedule"] == "nightly"
+
+
+def test_a_middleware_that_refuses_keeps_the_tick_open(pgq: PgQueue, report: Task[..., Any]) -> None:
+    refusing = True
+
+    @pgq.middleware("enqueue")
+    def refuse(request: EnqueueRequest) -> None:
+        if refusing:
+            raise ValueError("not now")
+
+    upsert(pgq, cron=EVERY_MINUTE)
+    set_back(pgq, seconds=90)
+    steps = Steps(pgq)
+    steps.settle()
+    assert (pgq.list_jobs(), ticks_of(pgq)) == ([], [])
+
+    refusing = False
+    steps.scheduler._aside.clear()  # as after ASIDE_SECONDS
+    steps.settle()
+
+    assert len(pgq.list_jobs()) == 1
+
+
+def test_a_full_queue_keeps_the_tick_open(pgq: PgQueue, report: Task[..., Any]) -> None:
+    pgq.queue("reports", max_depth=1, on_full="block", block_timeout=600.0)
+    upsert(pgq, cron=EVERY_MINUTE)
+    first = pgq.schedules.run_now("nightly")
+    set_back(pgq, seconds=90)
+    steps = Steps(pgq)
+    steps.settle()
+    assert ticks_of(pgq) == []
+
+    pgq.cancel(first.id)
+    steps.scheduler._aside.clear()  # as after ASIDE_SECONDS
+    steps.settle()
+
+    assert len(ticks_of(pgq)) == 1
 
 
 def test_a_row_made_by_plain_sql_ticks(pgq: PgQueue, report: Task[..., Any]) -> None:

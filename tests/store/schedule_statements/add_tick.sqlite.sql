@@ -1,0 +1,4 @@
+INSERT INTO pgqueue_schedule_ticks (schedule, tick_at)
+VALUES (?, ?)
+ON CONFLICT (schedule, tick_at) DO NOTHING
+RETURNING schedule;
