@@ -64,6 +64,7 @@ from pgqueue.handle import JobHandle
 from pgqueue.job import ClaimedJob, Job, JobStatus, OnConflict, ReplayResult
 from pgqueue.middleware import EnqueueRequest
 from pgqueue.retry import Retry
+from pgqueue.unique import Unique
 from pgqueue.version import VERSION as __version__
 
 # Working
@@ -112,6 +113,7 @@ __all__ = [
     "Subscription",
     "Task",
     "TaskNotFound",
+    "Unique",
     "Worker",
     "WorkerConfig",
     "WorkerReport",

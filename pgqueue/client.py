@@ -22,7 +22,7 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, object_session
 
-from pgqueue import dead_letter, limits, operations, retention, store
+from pgqueue import dead_letter, limits, operations, retention, store, uniqueness
 from pgqueue.actor import default_actor
 from pgqueue.actor import who as _who
 from pgqueue.actor import why as _why
@@ -77,6 +77,7 @@ from pgqueue.transaction import (
     tell_after_commit,
     wake_after_commit,
 )
+from pgqueue.unique import COMPUTED, Unique
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -291,6 +292,7 @@ class PgQueue:
         concurrency: int | PerKey | None = None,
         rate: Rate | None = None,
         ordered_by: str | None = None,
+        unique: Unique | None = None,
         keep_completed: float | timedelta | None = None,
         keep_dead: float | timedelta | None = None,
     ) -> Callable[[Callable[Concatenate[Any, P], R]], Task[P, R]]: ...
@@ -307,6 +309,7 @@ class PgQueue:
         concurrency: int | PerKey | None = None,
         rate: Rate | None = None,
         ordered_by: str | None = None,
+        unique: Unique | None = None,
         keep_completed: float | timedelta | None = None,
         keep_dead: float | timedelta | None = None,
         transactional: Literal[False] = False,
@@ -320,6 +323,7 @@ class PgQueue:
         queue, priority: where its jobs go, unless `using(…)` says otherwise.
         retry: what happens after a failed attempt; a `Retry`.
         timeout: seconds an attempt of an `async def` task may take.
+        unique: which of its jobs count as the same, so that there is one of them at a time; a `Unique`.
         keep_completed, keep_dead: how long (seconds or a timedelta) its ended jobs are kept; None: until somebody
         prunes. With keep_completed=0 a completed job is deleted instead of being marked as completed.
         transactional: the function's first parameter is a Session (an AsyncSession for `async def`). What it
@@ -1199,7 +1203,10 @@ class PgQueue:
             if task is None:
                 values["payload"] = encode_json(dict(values["payload"]), f"payload of task {job.task!r}")
             else:
-                values["payload"] = task.definition.encode(values["payload"])
+                given = values["payload"]
+                values["payload"] = task.definition.encode(given)
+                if job.unique_key is not None and job.unique_key.startswith(COMPUTED) and task.definition.unique:
+                    values["unique_key"] = task.definition.unique_key(given, values["payload"])
             changed += _changed_keys(job.payload_json, values["payload"])
         what = "changed " + (", ".join(changed) or "nothing")
         dead_letter.edit_job(
@@ -1378,7 +1385,7 @@ class EnqueueOptions:
     delay: float | timedelta | None = None
     at: datetime | None = None
     unique_key: str | None = None
-    on_conflict: OnConflict = OnConflict.SKIP
+    on_conflict: OnConflict | None = None  #: None: as the task's `Unique` says, or else "skip"
     metadata: Mapping[str, Any] | None = None
     concurrency_key: str | None = None
     ordering_key: str | None = None
@@ -1408,7 +1415,7 @@ class EnqueueOptions:
                 )
         for name in ("unique_key", "concurrency_key", "ordering_key", "rate_key"):
             _check_key(name, getattr(self, name))
-        if self.on_conflict not in tuple(OnConflict):
+        if self.on_conflict is not None and self.on_conflict not in tuple(OnConflict):
             raise ConfigurationError(f"on_conflict must be one of {', '.join(OnConflict)}, got {self.on_conflict!r}")
 
 
@@ -1466,9 +1473,9 @@ class Task(Generic[P, R]):
 
         delay: seconds, counted by the database's clock from the start of the transaction.
         at: an aware datetime.
-        unique_key: at most one pending or running job of this task has it; `on_conflict` says what an enqueue
-        does that finds one: "skip" (the default), "raise" DuplicateJob, or "replace" the pending job's payload
-        and settings.
+        unique_key: at most one pending or running job of this task has it; instead of the one that the task's
+        `Unique` takes from the payload. `on_conflict` says what an enqueue does that finds one: "skip" (the default),
+        "raise" DuplicateJob, or "replace" the pending job's payload and settings.
         metadata: carried with the job, for headers, trace context and tags.
         concurrency_key, rate_key: share the task's limit per key with the other jobs that have it; instead of what
         the task takes from the payload.
@@ -1526,13 +1533,16 @@ class Task(Generic[P, R]):
         )
 
     def enqueue_many(self, session: SyncTransaction, payloads: Iterable[Mapping[str, Any]], /) -> list[int]:
-        """Store a job for each payload, in bulk; their ids in the payloads' order. All or none is stored."""
+        """Store a job for each payload, in bulk; their ids in the payloads' order. All or none is stored.
+
+        Of a task with `unique`, the id of a payload whose key is taken is that of the job that has it.
+        """
         target, connection = open_transaction(session, "enqueue_many", self.pgq._job_class)
         if self._has_middleware:
             task, changed = self._changed_by_middleware(_checked_payloads(payloads))
             return task.enqueue_many(session, changed)
-        template, encoded = self._new_jobs(payloads)
-        return self._insert_many(target, connection, template, encoded)
+        template, encoded, unique_keys = self._new_jobs(payloads)
+        return self._insert_many(target, connection, template, encoded, unique_keys)
 
     def enqueue_many_async(
         self, session: AsyncTransaction, payloads: Iterable[Mapping[str, Any]], /
@@ -1542,13 +1552,13 @@ class Task(Generic[P, R]):
         if self._has_middleware:
             task, changed = self._changed_by_middleware(_checked_payloads(payloads))
             return task.enqueue_many_async(session, changed)
-        template, encoded = self._new_jobs(payloads)
+        template, encoded, unique_keys = self._new_jobs(payloads)
         return MustAwait(
             lambda: run_in_transaction(
                 opened,
                 "enqueue_many_async",
                 self.pgq._job_class,
-                lambda target, connection: self._insert_many(target, connection, template, encoded),
+                lambda target, connection: self._insert_many(target, connection, template, encoded, unique_keys),
             ),
             f"enqueue_many_async() of task {self.name!r}",
             opened,
@@ -1558,8 +1568,12 @@ class Task(Generic[P, R]):
         """A job as an ORM object, to be stored with `session.add(…)`.
 
         It is inserted when the session flushes. A unique key that is taken fails that flush with an
-        IntegrityError: `enqueue` has the gentler ways.
+        IntegrityError: `enqueue` has the gentler ways. A task that is unique for a period has no such objects.
         """
+        if self.definition.unique is not None and self.definition.unique.period is not None:
+            raise ConfigurationError(
+                f"task {self.name!r} is unique for a period, which session.add() cannot keep: use enqueue()"
+            )
         if self._has_middleware:
             task, (changed,) = self._changed_by_middleware([self.definition.bind(args, payload)])
             return task.new(**changed)
@@ -1612,7 +1626,8 @@ class Task(Generic[P, R]):
                 "change them, and refuse them all by raising"
             )
         options = EnqueueOptions(**request.options)
-        options = replace(options, on_conflict=OnConflict(options.on_conflict))
+        if options.on_conflict is not None:
+            options = replace(options, on_conflict=OnConflict(options.on_conflict))
         task: Task[..., Any] = Task(self.pgq, self.definition, options)
         task.external, task._is_changed = self.external, True
         return task, request.payloads
@@ -1625,8 +1640,11 @@ class Task(Generic[P, R]):
         return task, changed
 
     def _new_job(self, args: tuple[Any, ...], payload: dict[str, Any]) -> NewJob:
-        payload_json = self.definition.encode(self.definition.bind(args, payload))
+        bound = self.definition.bind(args, payload)
+        payload_json = self.definition.encode(bound)
         job = replace(self._template(), payload_json=payload_json)
+        if self.definition.unique is not None and job.unique_key is None:
+            job = replace(job, unique_key=self.definition.unique_key(bound, payload_json))
         return replace(job, **self._keys(payload_json)._asdict()) if self._has_keys else job
 
     @property
@@ -1641,10 +1659,23 @@ class Task(Generic[P, R]):
         given = (self.options.concurrency_key, self.options.ordering_key, self.options.rate_key)
         return LimitKeys(*(mine if mine is not None else its for mine, its in zip(given, taken, strict=True)))
 
-    def _new_jobs(self, payloads: Iterable[Mapping[str, Any]]) -> tuple[NewJob, list[str]]:
+    def _new_jobs(self, payloads: Iterable[Mapping[str, Any]]) -> tuple[NewJob, list[str], list[str] | None]:
+        """What they have in common, the payloads as JSON, and their unique keys if they have any."""
         if self.options.unique_key is not None:
             raise ConfigurationError("enqueue_many() stores many jobs, and a unique_key allows one; leave it away")
-        return self._template(), [self.definition.encode(payload) for payload in _checked_payloads(payloads)]
+        given = _checked_payloads(payloads)
+        encoded = [self.definition.encode(payload) for payload in given]
+        unique_keys = None
+        if self.definition.unique is not None:
+            made = (self.definition.unique_key(payload, text) for payload, text in zip(given, encoded, strict=True))
+            unique_keys = [key for key in made if key is not None]
+        return self._template(), encoded, unique_keys
+
+    @property
+    def _on_conflict(self) -> OnConflict:
+        if self.options.on_conflict is not None:
+            return self.options.on_conflict
+        return OnConflict(self.definition.unique.on_conflict) if self.definition.unique else OnConflict.SKIP
 
     def _template(self) -> NewJob:
         options, definition = self.options, self.definition
@@ -1657,6 +1688,7 @@ class Task(Generic[P, R]):
             delay_seconds=None if options.delay is None else _checked_delay(options.delay),
             run_at=options.at,
             unique_key=options.unique_key,
+            period_seconds=definition.unique.period_seconds if definition.unique is not None else None,
             metadata_json=_metadata_json(options.metadata),
         )
 
@@ -1668,10 +1700,21 @@ class Task(Generic[P, R]):
         if not self._prepare(connection, tables, job.queue, 1, ordered=ordered, may_block=may_block):
             return JobHandle(DROPPED_ID, inserted=False, queue=self.pgq)
         with errors_explained(connection.engine.url):
-            result = store.insert_job(
-                connection, tables, job, on_conflict=self.options.on_conflict, actor=default_actor()
-            )
-        if result.inserted or self.options.on_conflict is OnConflict.REPLACE:
+            if job.unique_key is None or job.period_seconds is None:
+                result = store.insert_job(connection, tables, job, on_conflict=self._on_conflict, actor=default_actor())
+            else:
+                keys = [[getattr(job, name) for name in store.LIMIT_KEYS]]
+                (result,) = uniqueness.insert_unique_jobs(
+                    connection,
+                    tables,
+                    job,
+                    [job.payload_json],
+                    [job.unique_key],
+                    keys,
+                    on_conflict=self._on_conflict,
+                    actor=default_actor(),
+                )
+        if result.inserted or self._on_conflict is OnConflict.REPLACE:
             self._wake(target, connection, job.queue)
         if result.inserted and EventName.ENQUEUED in self.pgq._listeners.wanted:
             _tell_enqueued(self.pgq._listeners, connection, [result.id], job, [job.payload_json])
@@ -1685,6 +1728,7 @@ class Task(Generic[P, R]):
         connection: sa.Connection,
         template: NewJob,
         encoded: Sequence[str],
+        unique_keys: Sequence[str] | None,
     ) -> list[int]:
         tables = self.pgq._tables_of(connection)
         keys = [self._keys(payload_json) for payload_json in encoded] if self._has_keys else None
@@ -1692,12 +1736,27 @@ class Task(Generic[P, R]):
         if not self._prepare(connection, tables, template.queue, len(encoded), ordered=ordered):
             return []
         with errors_explained(connection.engine.url):
-            ids = store.insert_jobs(connection, tables, template, encoded, keys)
-        if ids:
+            if unique_keys is None:
+                ids = returned = store.insert_jobs(connection, tables, template, encoded, keys)
+            else:
+                results = uniqueness.insert_unique_jobs(
+                    connection,
+                    tables,
+                    template,
+                    encoded,
+                    unique_keys,
+                    keys,
+                    on_conflict=self._on_conflict,
+                    actor=default_actor(),
+                )
+                returned = [result.id for result in results]
+                ids = [result.id for result in results if result.inserted]
+                encoded = [text for text, result in zip(encoded, results, strict=True) if result.inserted]
+        if ids or (returned and self._on_conflict is OnConflict.REPLACE):
             self._wake(target, connection, template.queue)
         if ids and EventName.ENQUEUED in self.pgq._listeners.wanted:
             _tell_enqueued(self.pgq._listeners, connection, ids, template, encoded)
-        return ids
+        return returned
 
     def _prepare(
         self,

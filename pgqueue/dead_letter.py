@@ -13,7 +13,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from pgqueue import limits, operations, store
+from pgqueue import limits, operations, store, uniqueness
 from pgqueue.dialect import TextArray, id_among, json_of, now, text_in
 from pgqueue.errors import DuplicateJob, IllegalTransition
 from pgqueue.job import EventType, JobStatus
@@ -196,6 +196,7 @@ def purge_dead(
     ids = [row.id for row in rows]
     if not ids:
         return Batch([])
+    uniqueness.release(connection, tables, rows)
     for column in (events.c.job_id, jobs.c.id):
         connection.execute(sa.delete(column.table).where(id_among(column, store.IDS)), {"ids": ids})
     store.record_all(

@@ -137,6 +137,7 @@ class NewJob:
     delay_seconds: float | None = None  #: counted by the database from the start of the transaction
     run_at: datetime | None = None  #: aware; at most one of delay_seconds and run_at
     unique_key: str | None = None
+    period_seconds: float | None = None  #: with a unique key: no second job for so long, even if this one completes
     metadata_json: str = "{}"
     concurrency_key: str | None = None
     ordering_key: str | None = None

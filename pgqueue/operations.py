@@ -18,7 +18,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from pgqueue import dialect, limits, store
+from pgqueue import dialect, limits, store, uniqueness
 from pgqueue.dialect import UTCDateTime, id_among, json_text, now, seconds_from_now, seconds_since
 from pgqueue.errors import ClaimLost, IllegalTransition, JobNotFound
 from pgqueue.job import FINAL_STATUSES, ClaimedJob, EventType, Job, JobStatus
@@ -286,9 +286,10 @@ def delete_job(connection: sa.Connection, tables: Tables, job_id: int, *, actor:
     """Delete a job that is not running. What was recorded of it stays. Raises JobNotFound or IllegalTransition."""
     jobs = tables.jobs
     with limits.passing_on(connection, tables, bounded(job_id)):
-        before = lock_job(connection, tables, job_id)
+        before = lock_job(connection, tables, job_id, jobs.c.unique_key)
         if before.status == JobStatus.RUNNING:
             raise IllegalTransition(f"job {job_id} is running; cancel it first")
+        uniqueness.release(connection, tables, [before])
         connection.execute(sa.delete(jobs).where(jobs.c.id == job_id))
     store.record_all(
         connection,

@@ -317,6 +317,7 @@ def enqueue(
                 priority=schedule.priority,
                 max_retries=schedule.max_retries,
                 unique_key=unique_key,
+                on_conflict=OnConflict.SKIP,
                 metadata=metadata,
             )
             payload = schedule.payload

@@ -93,7 +93,7 @@ def insert_job(
         if inserted is not None:
             return EnqueueResult(inserted)
         if on_conflict is OnConflict.REPLACE:
-            replaced = _replace_pending(connection, tables, job, actor)
+            replaced = replace_pending(connection, tables, job, actor)
             if replaced is not None:
                 return EnqueueResult(replaced, inserted=False)
         found = connection.execute(holder, {"task": job.task, "unique_key": job.unique_key}).one_or_none()
@@ -149,6 +149,29 @@ def insert_jobs(
             parameters["keys"] = json.dumps(rows)
         ids.extend(connection.execute(insert, parameters).scalars())
     return ids
+
+
+def insert_keyed_jobs(connection: sa.Connection, tables: Tables, wanted: Sequence[NewJob]) -> dict[str, int]:
+    """Store jobs that differ only in payload and keys; the ids of those whose unique key is free, by that key."""
+    template = wanted[0]
+    by_period = template.period_seconds is not None
+    insert = _insert_keyed_jobs(tables, template.delay_seconds is not None, template.run_at is not None, by_period)
+    rows = [
+        {"n": n, "payload": job.payload_json, "unique_key": job.unique_key}
+        | {name: getattr(job, name) for name in LIMIT_KEYS}
+        for n, job in enumerate(wanted)
+    ]
+    parameters = _job_parameters(template)
+    for name in ("payload", "unique_key", *LIMIT_KEYS):
+        parameters.pop(name, None)
+    inserted = connection.execute(insert, {**parameters, "rows": json.dumps(rows)})
+    return {row.unique_key: row.id for row in inserted}
+
+
+def is_released(tables: Tables) -> sa.ColumnElement[bool]:
+    """A condition on unique_periods: the job that began the period is dead or cancelled, so it holds nobody up."""
+    holder, periods = tables.jobs.alias("holder"), tables.unique_periods
+    return sa.exists().where(holder.c.id == periods.c.job_id, sa.text("holder.status IN ('dead', 'cancelled')"))
 
 
 def _chunks(payloads_json: Sequence[str]) -> Iterable[list[str]]:
@@ -251,6 +274,39 @@ def _insert_jobs(tables: Tables, has_delay: bool, has_run_at: bool, has_keys: bo
 
 
 @cache
+def _insert_keyed_jobs(tables: Tables, has_delay: bool, has_run_at: bool, by_period: bool) -> Any:
+    jobs, periods = tables.jobs, tables.unique_periods
+    texts = [sa.column(name, sa.Text) for name in ("payload", "unique_key", *LIMIT_KEYS)]
+    rows = dialect.rows(tables.dialect_name, "rows", sa.column("n", sa.Integer), *texts)
+    task = sa.bindparam("task", type_=sa.Text())
+    columns = {
+        "task": task,
+        "payload": json_of(rows.c.payload),
+        "queue": sa.bindparam("queue", type_=sa.Text()),
+        "priority": sa.bindparam("priority", type_=sa.SmallInteger()),
+        "max_retries": sa.bindparam("max_retries", type_=sa.SmallInteger()),
+        "metadata": json_of(sa.bindparam("metadata", type_=sa.Text())),
+        "run_at": _run_at(has_delay, has_run_at),
+        **{name: rows.c[name] for name in ("unique_key", *LIMIT_KEYS)},
+    }
+    select = sa.select(*(value.label(name) for name, value in columns.items())).where(rows.c.n >= 0)
+    if by_period:
+        taken = sa.exists().where(
+            periods.c.task == task,
+            periods.c.unique_key == rows.c.unique_key,
+            periods.c.until > now(),
+            sa.not_(is_released(tables)),
+        )
+        select = select.where(sa.not_(taken))
+    return (
+        dialect.insert(tables.dialect_name, jobs)
+        .from_select(list(columns), select.order_by(rows.c.n))
+        .on_conflict_do_nothing(index_elements=[jobs.c.task, jobs.c.unique_key], index_where=sa.text(OPEN_WITH_KEY))
+        .returning(jobs.c.id, jobs.c.unique_key)
+    )
+
+
+@cache
 def _key_holder(tables: Tables) -> sa.Select[Any]:
     jobs = tables.jobs
     return sa.select(jobs.c.id, jobs.c.status).where(
@@ -260,7 +316,8 @@ def _key_holder(tables: Tables) -> sa.Select[Any]:
     )
 
 
-def _replace_pending(connection: sa.Connection, tables: Tables, job: NewJob, actor: str) -> int | None:
+def replace_pending(connection: sa.Connection, tables: Tables, job: NewJob, actor: str) -> int | None:
+    """Give a pending job with the same unique key this payload and these settings; its id, None if there is none."""
     jobs = tables.jobs
     replaced = connection.execute(
         sa.update(jobs)

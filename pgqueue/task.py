@@ -25,6 +25,7 @@ from pgqueue.admission import Limits, PerKey, Rate, checked_limit
 from pgqueue.errors import ConfigurationError, InvalidPayload, InvalidTask
 from pgqueue.job import JobStatus
 from pgqueue.retry import Retry
+from pgqueue.unique import Unique, settled, unique_key
 
 #: A payload is a request, not a document store: larger ones slow every claim of their queue.
 PAYLOAD_BYTES_MAX = 1024 * 1024
@@ -66,6 +67,7 @@ class TaskDefinition:
     concurrency: int | PerKey | None = None  #: jobs running at once, of all workers together, or of each key
     rate: Rate | None = None  #: jobs started in a time
     ordered_by: str | None = None  #: a parameter; jobs with the same value of it run one after another
+    unique: Unique | None = None  #: which of its jobs count as the same
     payload_adapter: pydantic.TypeAdapter[Any] = field(init=False)
     parameters: tuple[str, ...] = field(init=False)  #: names of the payload's keys, in the function's order
     is_async: bool = field(init=False)
@@ -90,6 +92,25 @@ class TaskDefinition:
         object.__setattr__(self, "payload_adapter", adapter)
         object.__setattr__(self, "parameters", parameters)
         self._check_limits()
+        self._check_unique()
+
+    def _check_unique(self) -> None:
+        if self.unique is None:
+            return
+        if not isinstance(self.unique, Unique):
+            raise ConfigurationError(f"unique of task {self.name!r} must be a Unique(…), got {self.unique!r}")
+        for name in self.unique.by or ():
+            self._require_parameter("unique=Unique(by=…)", name)
+        parameters = inspect.signature(self.function).parameters
+        for name in self.parameters if self.unique.by is None else self.unique.by:
+            default = parameters[name].default
+            try:
+                pydantic_core.to_json(None if default is inspect.Parameter.empty else default)
+            except ValueError:
+                raise ConfigurationError(
+                    f"unique of task {self.name!r}: the default of its parameter {name!r}, of type "
+                    f"{type(default).__name__}, cannot be part of a key; name other parameters with Unique(by=…)"
+                ) from None
 
     def _check_limits(self) -> None:
         if isinstance(self.concurrency, PerKey):
@@ -141,6 +162,23 @@ class TaskDefinition:
             key(self.concurrency.field if isinstance(self.concurrency, PerKey) else None),
             key(self.ordered_by),
             key(self.rate.key if self.rate else None),
+        )
+
+    def unique_key(self, payload: Mapping[str, Any], payload_json: str) -> str | None:
+        """The unique key of a job with this payload, which was encoded to that JSON; None: any number may be there.
+
+        A parameter that is not given counts with its default. So calls that mean the same have the same key.
+        """
+        if self.unique is None:
+            return None
+        stored = json.loads(payload_json)
+        checked = self.payload_adapter.validate_python(payload)
+        values = self.payload_adapter.dump_python(checked, warnings="none")
+        names = self.unique.by
+        if names is None:
+            names = [*self.parameters, *(name for name in stored if name not in self.parameters)]
+        return unique_key(
+            {name: settled(values[name], stored[name]) if name in stored else self._default_of(name) for name in names}
         )
 
     def _default_of(self, field: str) -> Any:

@@ -33,7 +33,7 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
-from pgqueue import limits, migration, retention, store
+from pgqueue import limits, migration, retention, store, uniqueness
 from pgqueue.client import PgQueue
 from pgqueue.config import WorkerConfig
 from pgqueue.dialect import POSTGRESQL
@@ -93,6 +93,9 @@ SILENT_WORKER_SECONDS = 3600.0
 
 #: That is looked for so often.
 FORGET_SECONDS = 300.0
+
+#: Periods of uniqueness that are over, deleted by one step of the sweep at most.
+PERIODS_MAX = 5_000
 
 #: The system may deliver a signal to any thread, but Python handles it in the main thread, once that one moves. So
 #: the main thread never waits longer than this.
@@ -1014,7 +1017,8 @@ class Worker:
         with committing_each(connection):
             if time.monotonic() >= self._forget_at:
                 store.forget_silent_workers(connection, self.pgq.tables, seconds=SILENT_WORKER_SECONDS)
-                self._forget_at = time.monotonic() + FORGET_SECONDS
+                if uniqueness.forget_periods(connection, self.pgq.tables, limit=PERIODS_MAX) < PERIODS_MAX:
+                    self._forget_at = time.monotonic() + FORGET_SECONDS
             # Nearly always there is nothing to do, and to see that takes one statement instead of eight.
             expired, prunable = store.upkeep(connection, self.pgq.tables)
         swept = pruned = 0

@@ -47,13 +47,13 @@ def enqueue(
         typer.Option("--unique-key", metavar="KEY", help="At most one open job of the task may have this key."),
     ] = None,
     on_conflict: Annotated[
-        OnConflict,
+        OnConflict | None,
         typer.Option(
             "--on-conflict",
             metavar="HOW",
             help="When one has it: skip this one, raise (exit code 4), or replace the pending one's payload.",
         ),
-    ] = OnConflict.SKIP,
+    ] = None,
     max_retries: Annotated[
         int | None, typer.Option("--max-retries", metavar="N", help="Instead of the task's.")
     ] = None,
@@ -88,7 +88,7 @@ def enqueue(
         with pgq.begin() as connection:
             result = chosen.enqueue(connection, **content)
     if not result.inserted:
-        how = "took the new payload" if on_conflict is OnConflict.REPLACE else "nothing was enqueued"
+        how = "took the new payload" if chosen._on_conflict is OnConflict.REPLACE else "nothing was enqueued"
         output.note(f"job {result.id} already has this unique key: {how}")
     output.record({"id": result.id, "inserted": result.inserted}, value="id")
 

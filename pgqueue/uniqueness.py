@@ -1,0 +1,238 @@
+"""Unique keys that come from payloads, in bulk and with periods. One function an operation, as in `store`.
+
+Whatever happens at the same time, a database constraint decides: the partial unique index over open jobs, and the
+primary key of `unique_periods`, whose row one enqueue at a time can take.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cache
+from itertools import islice
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+
+from pgqueue import dialect, store
+from pgqueue.dialect import TextArray, id_among, now, seconds_from_now, text_in
+from pgqueue.errors import DuplicateJob
+from pgqueue.job import EnqueueResult, JobStatus, NewJob, OnConflict
+from pgqueue.schema import Tables
+
+
+def insert_unique_jobs(
+    connection: sa.Connection,
+    tables: Tables,
+    template: NewJob,
+    payloads_json: Sequence[str],
+    unique_keys: Sequence[str],
+    keys: Sequence[Sequence[str | None]] | None = None,
+    *,
+    on_conflict: OnConflict,
+    actor: str,
+) -> list[EnqueueResult]:
+    """Store a job like `template` for each payload whose unique key is free; what became of each, in their order.
+
+    A key is taken by an open job of the task and, where the template has a period, by one that was enqueued within it.
+    Of payloads with the same key the first is stored, with OnConflict.REPLACE the last. Raises DuplicateJob as
+    `on_conflict` says; then nothing was stored.
+    """
+    chosen: dict[str, int] = {}
+    for position, key in enumerate(unique_keys):
+        if key in chosen and on_conflict is OnConflict.RAISE:
+            raise DuplicateJob(
+                f"task {template.task!r}: the payloads {chosen[key]} and {position}, counted from 0, have the same "
+                f"unique key {key!r}"
+            )
+        if on_conflict is OnConflict.REPLACE or key not in chosen:
+            chosen[key] = position
+    results: dict[str, EnqueueResult] = {}
+    all_or_none = on_conflict is not OnConflict.SKIP and len(chosen) > 1
+    with connection.begin_nested() if all_or_none else nullcontext():
+        for start in range(0, len(chosen), store.INSERT_JOBS_MAX):
+            some = dict(islice(chosen.items(), start, start + store.INSERT_JOBS_MAX))
+            wanted = {}
+            for key, position in some.items():
+                of_job: dict[str, Any] = dict(zip(store.LIMIT_KEYS, keys[position], strict=True) if keys else ())
+                of_job |= {"payload_json": payloads_json[position], "unique_key": key}
+                wanted[key] = replace(template, **of_job)
+            results |= _insert_some(connection, tables, wanted, on_conflict=on_conflict, actor=actor)
+    return [
+        results[key] if chosen[key] == position else EnqueueResult(results[key].id, inserted=False)
+        for position, key in enumerate(unique_keys)
+    ]
+
+
+def _insert_some(
+    connection: sa.Connection, tables: Tables, wanted: dict[str, NewJob], *, on_conflict: OnConflict, actor: str
+) -> dict[str, EnqueueResult]:
+    results: dict[str, EnqueueResult] = {}
+    left = dict(wanted)
+    template = next(iter(wanted.values()))
+    for _ in range(store.CONFLICT_ROUNDS_MAX):
+        inserted = store.insert_keyed_jobs(connection, tables, list(left.values()))
+        if template.period_seconds is not None and inserted:
+            inserted = _begin_periods(connection, tables, template.task, template.period_seconds, inserted)
+        results |= {key: EnqueueResult(job_id) for key, job_id in inserted.items()}
+        left = {key: job for key, job in left.items() if key not in results}
+        if not left:
+            return results
+        with_periods = template.period_seconds is not None
+        for key, holder in _holders(connection, tables, template.task, list(left), with_periods).items():
+            result = _meet(connection, tables, left[key], holder, on_conflict=on_conflict, actor=actor)
+            if result is not None:
+                results[key] = result
+                del left[key]
+        if not left:
+            return results
+    raise DuplicateJob(
+        f"task {template.task!r}: {len(left)} unique keys changed hands {store.CONFLICT_ROUNDS_MAX} times while "
+        "these jobs were being enqueued; try again"
+    )
+
+
+def _meet(
+    connection: sa.Connection,
+    tables: Tables,
+    job: NewJob,
+    holder: sa.Row[Any],
+    *,
+    on_conflict: OnConflict,
+    actor: str,
+) -> EnqueueResult | None:
+    """What becomes of a job whose key is taken; None: look again."""
+    if on_conflict is OnConflict.SKIP:
+        return EnqueueResult(holder.id, inserted=False)
+    if on_conflict is OnConflict.REPLACE and holder.status == JobStatus.PENDING:
+        replaced = store.replace_pending(connection, tables, job, actor)
+        return None if replaced is None else EnqueueResult(replaced, inserted=False)
+    if holder.status in (JobStatus.PENDING, JobStatus.RUNNING):
+        what = f"already has the {holder.status} job {holder.id} with the unique key {job.unique_key!r}"
+    else:
+        what = (
+            f"had the job {holder.id} with the unique key {job.unique_key!r} enqueued less than "
+            f"{job.period_seconds:g} s ago"
+        )
+    if on_conflict is OnConflict.REPLACE:
+        what += f": it is {holder.status or 'gone'}, so its payload can no longer be replaced"
+    raise DuplicateJob(f"task {job.task!r} {what}")
+
+
+def _begin_periods(
+    connection: sa.Connection, tables: Tables, task: str, seconds: float, inserted: Mapping[str, int]
+) -> dict[str, int]:
+    """Let the periods of new jobs begin; those that got theirs. The others lost it to an enqueue at this very moment,
+    and are taken back."""
+    rows = [{"unique_key": key, "id": inserted[key]} for key in sorted(inserted)]
+    begun = set(
+        connection.execute(_begin(tables), {"periods": json.dumps(rows), "of_task": task, "seconds": seconds}).scalars()
+    )
+    lost = sorted(job_id for key, job_id in inserted.items() if key not in begun)
+    if lost:
+        connection.execute(sa.delete(tables.jobs).where(id_among(tables.jobs.c.id, store.IDS)), {"ids": lost})
+    return {key: job_id for key, job_id in inserted.items() if key in begun}
+
+
+@cache
+def _begin(tables: Tables) -> Any:
+    periods = tables.unique_periods
+    new = dialect.rows(tables.dialect_name, "periods", sa.column("unique_key", sa.Text), sa.column("id", sa.BigInteger))
+    select = (
+        sa.select(
+            sa.bindparam("of_task", type_=sa.Text()).label("task"),
+            new.c.unique_key,
+            seconds_from_now(sa.bindparam("seconds", type_=sa.Float())).label("until"),
+            new.c.id,
+        )
+        .where(new.c.id.is_not(None))  # SQLite would take ON CONFLICT for the ON of a join
+        .order_by(new.c.unique_key)
+    )
+    insert = dialect.insert(tables.dialect_name, periods).from_select(["task", "unique_key", "until", "job_id"], select)
+    return insert.on_conflict_do_update(
+        index_elements=[periods.c.task, periods.c.unique_key],
+        set_={"until": insert.excluded.until, "job_id": insert.excluded.job_id},
+        where=sa.or_(periods.c.until <= now(), _is_released_now(tables)),
+    ).returning(periods.c.unique_key)
+
+
+def _is_released_now(tables: Tables) -> sa.TextClause:
+    """`store.is_released` as text: SQLAlchemy leaves the schema away in a subquery of ON CONFLICT DO UPDATE."""
+    quoted = postgresql.dialect().identifier_preparer  # type: ignore[no-untyped-call]  # SQLite quotes alike
+    return sa.text(
+        f"EXISTS (SELECT 1 FROM {quoted.format_table(tables.jobs)} AS holder "  # noqa: S608 — names of tables
+        f"WHERE holder.id = {quoted.quote(tables.unique_periods.name)}.job_id "
+        "AND holder.status IN ('dead', 'cancelled'))"
+    )
+
+
+def _holders(
+    connection: sa.Connection, tables: Tables, task: str, keys: list[str], with_periods: bool
+) -> dict[str, sa.Row[Any]]:
+    """Who has these unique keys: open jobs, or else those whose period lasts. Of the latter, status may be None."""
+    parameters = {"of_task": task, "keys": keys}
+    found: dict[str, sa.Row[Any]] = {}
+    if with_periods:
+        found = {row.unique_key: row for row in connection.execute(_period_holders(tables), parameters)}
+    return found | {row.unique_key: row for row in connection.execute(_open_holders(tables), parameters)}
+
+
+@cache
+def _open_holders(tables: Tables) -> sa.Select[Any]:
+    jobs = tables.jobs
+    return sa.select(jobs.c.id, jobs.c.status, jobs.c.unique_key).where(
+        jobs.c.task == sa.bindparam("of_task", type_=sa.Text()),
+        text_in(jobs.c.unique_key, sa.bindparam("keys", type_=TextArray())),
+        sa.text("status IN ('pending', 'running')"),
+    )
+
+
+@cache
+def _period_holders(tables: Tables) -> sa.Select[Any]:
+    jobs, periods = tables.jobs, tables.unique_periods
+    return (
+        sa.select(periods.c.job_id.label("id"), jobs.c.status, periods.c.unique_key)
+        .select_from(periods.outerjoin(jobs, jobs.c.id == periods.c.job_id))
+        .where(
+            periods.c.task == sa.bindparam("of_task", type_=sa.Text()),
+            text_in(periods.c.unique_key, sa.bindparam("keys", type_=TextArray())),
+            periods.c.until > now(),
+            sa.not_(store.is_released(tables)),
+        )
+    )
+
+
+def release(connection: sa.Connection, tables: Tables, rows: Sequence[sa.Row[Any]]) -> None:
+    """End the periods of jobs that are being deleted."""
+    periods = tables.unique_periods
+    keyed = [{"of_task": row.task, "key": row.unique_key, "id": row.id} for row in rows if row.unique_key is not None]
+    if keyed:
+        connection.execute(
+            sa.delete(periods).where(
+                periods.c.task == sa.bindparam("of_task", type_=sa.Text()),
+                periods.c.unique_key == sa.bindparam("key", type_=sa.Text()),
+                periods.c.job_id == sa.bindparam("id", type_=sa.BigInteger()),
+            ),
+            keyed,
+        )
+
+
+def forget_periods(connection: sa.Connection, tables: Tables, *, limit: int) -> int:
+    """Delete up to `limit` periods that are over; how many."""
+    return connection.execute(_forget(tables), {"limit": limit}).rowcount
+
+
+@cache
+def _forget(tables: Tables) -> sa.Delete:
+    periods = tables.unique_periods
+    over = (
+        sa.select(periods.c.task, periods.c.unique_key)
+        .where(periods.c.until < now())
+        .order_by(periods.c.until)
+        .limit(sa.bindparam("limit", type_=sa.Integer()))
+        .with_for_update(skip_locked=True)
+    )
+    return sa.delete(periods).where(sa.tuple_(periods.c.task, periods.c.unique_key).in_(over), periods.c.until < now())
