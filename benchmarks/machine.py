@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
 import subprocess
-from pathlib import Path
 
 from benchmarks import broker
 from benchmarks.systems import NODE, PEERS
+from pgqueue.bench import describe_machine, describe_versions
 
 PACKAGES = {
     "pgqueuer": "pgqueuer",
@@ -36,27 +34,7 @@ def prefer_this_process() -> None:
 
 
 def describe() -> list[str]:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    own = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("pgqueue", "SQLAlchemy", "psycopg"))
-    return [
-        f"{cpu_model()}, {usable} of {os.cpu_count()} processors, {memory()} of memory, "
-        f"{platform.system()} {platform.release()}",
-        f"Python {platform.python_version()}, {own}",
-    ]
-
-
-def cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def memory() -> str:
-    return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1024**3:.0f} GiB"
+    return [describe_machine(), describe_versions()]
 
 
 def peer_version(system: str) -> str | None:

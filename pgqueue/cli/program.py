@@ -59,7 +59,7 @@ EXIT_CODES: tuple[tuple[type[PgqueueError], int], ...] = (
 UsageError: Any = typer.BadParameter.__mro__[1]
 
 #: The order of the help.
-COMMANDS = ("worker", "serve", "enqueue", "jobs", "queues", "schedules", "stats", "prune", "db", "demo")
+COMMANDS = ("worker", "serve", "enqueue", "jobs", "queues", "schedules", "stats", "prune", "db", "bench", "demo")
 
 
 class Program(TyperGroup):

@@ -25,6 +25,7 @@ from pgqueue.config import (
 )
 from pgqueue.engine import describe_url, parse_url
 from pgqueue.errors import ConfigurationError
+from pgqueue.output import Format
 from pgqueue.supervisor import DRAINED_WITH_DEAD, SUPERVISED_VARIABLE, Supervisor, run_worker
 from pgqueue.worker import Worker
 
@@ -253,3 +254,44 @@ def demo(
     output.record(dataclasses.asdict(report))
     if not report.exactly_once:
         raise typer.Exit(FAILURE)
+
+
+@command(app)
+def bench(
+    settings: Settings,
+    jobs: Annotated[
+        int, typer.Option("--jobs", metavar="N", help="Of the backlog that a worker drains, in each round.")
+    ] = 10_000,
+    rounds: Annotated[int, typer.Option("--rounds", metavar="N", help="How often all is measured.")] = 3,
+    no_listen: Annotated[
+        bool, typer.Option("--no-listen", help="Poll only, as behind a pooler in transaction mode.")
+    ] = False,
+) -> None:
+    """Measure how fast a database is as a queue, in some seconds.
+
+    On the database of --database-url, PGQUEUE_DATABASE_URL or DATABASE_URL;
+    without one on SQLite. Enqueues, drains with one worker, and measures the time
+    from a commit to the start of the job. In a schema of its own, pgqueue_bench,
+    which must not exist, and is dropped at the end: no job of yours is touched.
+
+    Examples:
+      pgqueue bench --database-url postgresql://localhost/test
+      pgqueue bench --jobs 100000 --rounds 5 -o json
+    """
+    from pgqueue.bench import run_bench  # other commands need not load it
+
+    output = settings.printer()
+    url = settings.database_url if settings.database_url is not None else url_from_environment()
+    with output.progress("rounds measured", total=rounds) as advance:
+        report = run_bench(
+            url, schema=schema_of(settings), jobs=jobs, rounds=rounds, listen=not no_listen, measured=advance
+        )
+    record, columns = dataclasses.asdict(report), ("measure", "unit", "median", "lowest", "highest")
+    if output.format is Format.TABLE:
+        for measure in record["measures"]:
+            measure.update({name: _figure(measure[name]) for name in columns[2:]})
+    output.record(record, columns={"measures": columns})
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

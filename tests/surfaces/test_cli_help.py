@@ -47,6 +47,7 @@ def test_the_commands_are_those_of_the_specification() -> None:
         "stats",
         "prune",
         *("db", "db upgrade", "db downgrade", "db current", "db check", "db sql", "db path"),
+        "bench",
         "demo",
     }
 
