@@ -22,7 +22,7 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, object_session
 
-from pgqueue import dead_letter, limits, operations, retention, store, uniqueness
+from pgqueue import dead_letter, expiry, limits, operations, retention, store, uniqueness
 from pgqueue.actor import default_actor
 from pgqueue.actor import who as _who
 from pgqueue.actor import why as _why
@@ -92,6 +92,9 @@ _Job = Job
 #: How many expired claims a low-level `claim` takes from dead workers before it looks for due jobs.
 SWEEP_BEFORE_CLAIM = 100
 
+#: How long a low-level `claim` leaves it at that no expired job is claimed, before it lets expired ones be dead.
+EXPIRE_SECONDS = 1.0
+
 #: The largest LIMIT that both databases take as an integer.
 LIMIT_MAX = 2**31 - 1
 
@@ -135,6 +138,7 @@ class PgQueue:
         self._async_engine: AsyncEngine | None = None
         self._async_engine_is_own = False
         self._url: sa.URL | None = None
+        self._look_for_expired_at = 0.0  # monotonic; the low-level claim does it now and then
         self._wake_sender = self._new_wake_sender()
         self._listeners = Listeners()
         self._enqueue_middleware: list[EnqueueMiddleware] = []
@@ -293,6 +297,7 @@ class PgQueue:
         rate: Rate | None = None,
         ordered_by: str | None = None,
         unique: Unique | None = None,
+        expires_in: float | timedelta | None = None,
         keep_completed: float | timedelta | None = None,
         keep_dead: float | timedelta | None = None,
     ) -> Callable[[Callable[Concatenate[Any, P], R]], Task[P, R]]: ...
@@ -310,6 +315,7 @@ class PgQueue:
         rate: Rate | None = None,
         ordered_by: str | None = None,
         unique: Unique | None = None,
+        expires_in: float | timedelta | None = None,
         keep_completed: float | timedelta | None = None,
         keep_dead: float | timedelta | None = None,
         transactional: Literal[False] = False,
@@ -324,6 +330,8 @@ class PgQueue:
         retry: what happens after a failed attempt; a `Retry`.
         timeout: seconds an attempt of an `async def` task may take.
         unique: which of its jobs count as the same, so that there is one of them at a time; a `Unique`.
+        expires_in: how long (seconds or a timedelta) a job is worth starting, counted from when it is due. One that was
+        not started by then is dead, reason "expired".
         keep_completed, keep_dead: how long (seconds or a timedelta) its ended jobs are kept; None: until somebody
         prunes. With keep_completed=0 a completed job is deleted instead of being marked as completed.
         transactional: the function's first parameter is a Session (an AsyncSession for `async def`). What it
@@ -343,6 +351,7 @@ class PgQueue:
         name: str | None = None,
         retry: Retry | None = None,
         timeout: float | timedelta | None = None,
+        expires_in: float | timedelta | None = None,
         keep_completed: float | timedelta | None = None,
         keep_dead: float | timedelta | None = None,
         **options: Any,
@@ -356,6 +365,7 @@ class PgQueue:
             function=function,
             retry=retry if retry is not None else Retry(),
             timeout=None if timeout is None else as_seconds(timeout),
+            expires_in=None if expires_in is None else _checked_expiry(expires_in),
             keep_completed=None if keep_completed is None else _checked_time("keep_completed", keep_completed),
             keep_dead=None if keep_dead is None else _checked_time("keep_dead", keep_dead),
             **options,
@@ -420,6 +430,7 @@ class PgQueue:
         max_retries: int = 3,
         concurrency: int | None = None,
         rate: Rate | None = None,
+        expires_in: float | timedelta | None = None,
         keep_completed: float | timedelta | None = None,
         keep_dead: float | timedelta | None = None,
         register: bool = True,
@@ -443,6 +454,7 @@ class PgQueue:
                 retry=Retry(max_retries=max_retries),
                 concurrency=concurrency,
                 rate=rate,
+                expires_in=expires_in,
                 keep_completed=keep_completed,
                 keep_dead=keep_dead,
             )
@@ -645,6 +657,10 @@ class PgQueue:
         _checked_limit(limit)
         seconds = _checked_lease(lease)
         store.sweep(connection, self.tables, limit=SWEEP_BEFORE_CLAIM, actor=worker)
+        if time.monotonic() >= self._look_for_expired_at:
+            expired = expiry.expire(connection, self.tables, limit=SWEEP_BEFORE_CLAIM, actor=worker)
+            if len(expired) < SWEEP_BEFORE_CLAIM:
+                self._look_for_expired_at = time.monotonic() + EXPIRE_SECONDS
         asked: dict[str, Any] = {
             "queue": queue,
             "worker": worker,
@@ -1387,6 +1403,8 @@ class EnqueueOptions:
     unique_key: str | None = None
     on_conflict: OnConflict | None = None  #: None: as the task's `Unique` says, or else "skip"
     metadata: Mapping[str, Any] | None = None
+    expires_in: float | timedelta | None = None
+    expires_at: datetime | None = None
     concurrency_key: str | None = None
     ordering_key: str | None = None
     rate_key: str | None = None
@@ -1403,20 +1421,35 @@ class EnqueueOptions:
         if self.delay is not None:
             _checked_delay(self.delay)
         if self.at is not None:
-            if not isinstance(self.at, datetime):
-                raise ConfigurationError(f"at must be a datetime, got {type(self.at).__name__}")
-            if self.at.tzinfo is None or self.at.utcoffset() is None:
+            _check_moment("at", self.at)
+        if self.expires_in is not None and self.expires_at is not None:
+            raise ConfigurationError("give either expires_in or expires_at, not both")
+        if self.expires_in is not None:
+            _checked_expiry(self.expires_in)
+        if self.expires_at is not None:
+            _check_moment("expires_at", self.expires_at)
+            if self.at is not None and self.expires_at <= self.at:
                 raise ConfigurationError(
-                    f"at must say its time zone, got the naive {self.at!r}; for example datetime.now(UTC) + …"
-                )
-            if not RUN_AT_MIN <= self.at < RUN_AT_MAX:
-                raise ConfigurationError(
-                    f"at must lie between the years {RUN_AT_MIN.year} and {RUN_AT_MAX.year}, got {self.at!r}"
+                    f"the job would expire before it is due: expires_at is {self.expires_at}, at is {self.at}; make "
+                    "expires_at later, or give expires_in, which counts from when the job is due"
                 )
         for name in ("unique_key", "concurrency_key", "ordering_key", "rate_key"):
             _check_key(name, getattr(self, name))
         if self.on_conflict is not None and self.on_conflict not in tuple(OnConflict):
             raise ConfigurationError(f"on_conflict must be one of {', '.join(OnConflict)}, got {self.on_conflict!r}")
+
+
+def _check_moment(name: str, moment: object) -> None:
+    if not isinstance(moment, datetime):
+        raise ConfigurationError(f"{name} must be a datetime, got {type(moment).__name__}")
+    if moment.tzinfo is None or moment.utcoffset() is None:
+        raise ConfigurationError(
+            f"{name} must say its time zone, got the naive {moment!r}; for example datetime.now(UTC) + …"
+        )
+    if not RUN_AT_MIN <= moment < RUN_AT_MAX:
+        raise ConfigurationError(
+            f"{name} must lie between the years {RUN_AT_MIN.year} and {RUN_AT_MAX.year}, got {moment!r}"
+        )
 
 
 def _check_key(name: str, key: object) -> None:
@@ -1465,6 +1498,8 @@ class Task(Generic[P, R]):
         unique_key: str | None = None,
         on_conflict: OnConflict | str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        expires_in: float | timedelta | None = None,
+        expires_at: datetime | None = None,
         concurrency_key: str | None = None,
         ordering_key: str | None = None,
         rate_key: str | None = None,
@@ -1477,6 +1512,8 @@ class Task(Generic[P, R]):
         `Unique` takes from the payload. `on_conflict` says what an enqueue does that finds one: "skip" (the default),
         "raise" DuplicateJob, or "replace" the pending job's payload and settings.
         metadata: carried with the job, for headers, trace context and tags.
+        expires_in: the job is not started later than so long after it is due: then it is dead, reason "expired".
+        expires_at: likewise, not at or after this aware datetime.
         concurrency_key, rate_key: share the task's limit per key with the other jobs that have it; instead of what
         the task takes from the payload.
         ordering_key: jobs of a queue with the same one run one after another, in the order of their ids.
@@ -1492,6 +1529,8 @@ class Task(Generic[P, R]):
             "unique_key": unique_key,
             "on_conflict": None if on_conflict is None else OnConflict(on_conflict),
             "metadata": metadata,
+            "expires_in": expires_in,
+            "expires_at": expires_at,
             "concurrency_key": concurrency_key,
             "ordering_key": ordering_key,
             "rate_key": rate_key,
@@ -1596,6 +1635,10 @@ class Task(Generic[P, R]):
             values["run_at"] = new_job.run_at
         else:
             values["run_at"] = now()
+        if new_job.expires_seconds is not None:
+            values["expires_at"] = seconds_from_now(sa.literal(new_job.expires_seconds, sa.Float()))
+        elif new_job.expires_at is not None:
+            values["expires_at"] = new_job.expires_at
         job = self.pgq.Job(**values)
         if self._is_due_at_once:
             job.__dict__[_WAKE_ATTRIBUTE] = self.pgq._wake_sender
@@ -1679,6 +1722,7 @@ class Task(Generic[P, R]):
 
     def _template(self) -> NewJob:
         options, definition = self.options, self.definition
+        expires_seconds, expires_at = self._expiry()
         return NewJob(
             task=definition.name,
             payload_json="{}",
@@ -1690,7 +1734,22 @@ class Task(Generic[P, R]):
             unique_key=options.unique_key,
             period_seconds=definition.unique.period_seconds if definition.unique is not None else None,
             metadata_json=_metadata_json(options.metadata),
+            expires_seconds=expires_seconds,
+            expires_at=expires_at,
         )
+
+    def _expiry(self) -> tuple[float | None, datetime | None]:
+        """When a job expires: in so many seconds by the database's clock, or then."""
+        options = self.options
+        if options.expires_at is not None:
+            return None, options.expires_at
+        expires_in = options.expires_in if options.expires_in is not None else self.definition.expires_in
+        if expires_in is None:
+            return None, None
+        seconds = as_seconds(expires_in)
+        if options.at is not None:
+            return None, min(options.at + timedelta(seconds=seconds), RUN_AT_MAX - timedelta(days=1))
+        return seconds + (0.0 if options.delay is None else as_seconds(options.delay)), None
 
     def _insert(
         self, target: Session | sa.Connection, connection: sa.Connection, job: NewJob, *, may_block: bool = True
@@ -1917,6 +1976,16 @@ def _checked_lease(lease: float | timedelta) -> float:
 
 def _checked_delay(delay: float | timedelta) -> float:
     return _checked_time("delay", delay)
+
+
+def _checked_expiry(expires_in: float | timedelta) -> float:
+    seconds = _checked_duration("expires_in", expires_in)
+    if not 0 < seconds <= DELAY_SECONDS_MAX:
+        raise ConfigurationError(
+            f"expires_in must be more than 0 and at most {DELAY_SECONDS_MAX:.0f} seconds, counted from when the job is "
+            f"due, got {expires_in!r}"
+        )
+    return seconds
 
 
 def _checked_time(name: str, duration: float | timedelta) -> float:

@@ -55,7 +55,7 @@ class EventName(StrEnum):
     FAILED = "job:failed"  #: an attempt failed; what became of the job is told next
     RETRIED = "job:retried"  #: pending again after a failed attempt
     DEAD = "job:dead"  #: will not run again by itself
-    EXPIRED = "job:expired"  #: was not worth running any more
+    EXPIRED = "job:expired"  #: was not started before it expired; that it is dead is told next
     CANCELLED = "job:cancelled"
     SNOOZED = "job:snoozed"  #: the task asked to run later
     RELEASED = "job:released"  #: given back by its worker, unstarted or interrupted
@@ -353,6 +353,8 @@ def events_of(transition: Transition, job: ClaimedJob, duration: float | None) -
     }
     became = _BECAME[transition.event]
     failed = became is EventName.RETRIED or (became is EventName.DEAD and transition.error is not None)
+    if became is EventName.EXPIRED:
+        return [event_of(name, job, **what) for name in (became, EventName.DEAD)]
     return [event_of(name, job, **what) for name in ((EventName.FAILED, became) if failed else (became,))]
 
 
@@ -360,6 +362,7 @@ _BECAME: dict[EventType | None, EventName] = {
     None: EventName.COMPLETED,
     EventType.RETRY: EventName.RETRIED,
     EventType.DEAD: EventName.DEAD,
+    EventType.EXPIRE: EventName.EXPIRED,
     EventType.CANCEL: EventName.CANCELLED,
     EventType.SNOOZE: EventName.SNOOZED,
     EventType.RELEASE: EventName.RELEASED,
@@ -382,6 +385,11 @@ def event_of_stored(name: EventName, job: Job, reason: str | None) -> JobEvent:
         payload_json=json.dumps(job.payload),
         metadata_json=json.dumps(job.metadata),
     )
+
+
+def events_of_expired(job: Job) -> list[JobEvent]:
+    """What is told of a job that expired before anybody started it."""
+    return [event_of_stored(name, job, "expired") for name in (EventName.EXPIRED, EventName.DEAD)]
 
 
 def events_of_swept(job: Job) -> list[JobEvent]:

@@ -99,6 +99,8 @@ class JobHandle:
         return Waiting([self.id], timeout, missing_seconds=0.0 if self._transaction else MISSING_SECONDS)
 
     def _require_committed(self) -> None:
+        if self.id == DROPPED_ID:
+            raise JobNotFound("no job was stored: its queue was full, and drops jobs then (on_full='drop')")
         transaction = self._transaction() if self._transaction is not None else None
         if transaction is not None and transaction.is_active:
             raise JobNotFound(

@@ -103,6 +103,7 @@ class ClaimedJob:
     claim_token: uuid.UUID
     created_at: datetime
     metadata_json: str = field(repr=False)
+    expires_in: float | None = None  #: seconds from the claim until it is not worth starting any more; None: for ever
     cancel_requested: bool = False  #: somebody asked this attempt to stop; becomes true while it runs
 
     @property
@@ -139,6 +140,8 @@ class NewJob:
     unique_key: str | None = None
     period_seconds: float | None = None  #: with a unique key: no second job for so long, even if this one completes
     metadata_json: str = "{}"
+    expires_seconds: float | None = None  #: counted as delay_seconds is
+    expires_at: datetime | None = None  #: aware; at most one of expires_seconds and expires_at
     concurrency_key: str | None = None
     ordering_key: str | None = None
     rate_key: str | None = None
@@ -184,7 +187,15 @@ class Released:
     delay_seconds: float | None = None
 
 
-Outcome = Completed | Failed | Snoozed | Discarded | Cancelled | Released
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """The job expired before its claimer started it."""
+
+
+Outcome = Completed | Failed | Snoozed | Discarded | Cancelled | Released | Expired
+
+#: The error of a job that expired.
+EXPIRED = ErrorInfo("Expired", "the job expired before it was started")
 
 
 class EventType(StrEnum):
@@ -195,6 +206,7 @@ class EventType(StrEnum):
     SNOOZE = "snooze"  #: the task asked to run later
     RELEASE = "release"  #: given back uncharged
     SWEEP = "sweep"  #: the lease ran out; pending again, or dead
+    EXPIRE = "expire"  #: not started before its `expires_at`; dead
     CANCEL = "cancel"
     CANCEL_REQUESTED = "cancel_requested"  #: the worker of a running job was asked to stop it
     REPLAY = "replay"  #: a final job put back to pending

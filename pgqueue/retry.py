@@ -11,12 +11,14 @@ from typing import Any, Literal
 
 from pgqueue.errors import ConfigurationError, TaskSignal
 from pgqueue.job import (
+    EXPIRED,
     Cancelled,
     ClaimedJob,
     Completed,
     Discarded,
     ErrorInfo,
     EventType,
+    Expired,
     Failed,
     JobStatus,
     Outcome,
@@ -227,5 +229,7 @@ def _decide(job: ClaimedJob, outcome: Outcome, policy: Retry, random: float) -> 
             return become(JobStatus.CANCELLED, EventType.CANCEL, reason=reason)
         case Snoozed(delay_seconds, reason, error):
             return become(JobStatus.PENDING, EventType.SNOOZE, delay_seconds=delay_seconds, reason=reason, error=error)
+        case Expired():
+            return become(JobStatus.DEAD, EventType.EXPIRE, error=EXPIRED, reason="expired")
         case Released(reason, delay_seconds):
             return become(JobStatus.PENDING, EventType.RELEASE, delay_seconds=delay_seconds, reason=reason)

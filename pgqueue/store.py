@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import pydantic_core
 import sqlalchemy as sa
@@ -116,7 +116,14 @@ def insert_job(
 
 def _try_to_insert(connection: sa.Connection, tables: Tables, job: NewJob) -> int | None:
     """The id of the new job; None when its unique key is taken."""
-    shape = (tables, job.delay_seconds is not None, job.run_at is not None, job.unique_key is not None, _has_keys(job))
+    shape = (
+        tables,
+        job.delay_seconds is not None,
+        job.run_at is not None,
+        job.unique_key is not None,
+        _has_keys(job),
+        _expiry(job),
+    )
     parameters = _job_parameters(job)
     if connection.dialect.driver == "psycopg":
         # The one statement of the package that runs once a job: as text it takes half the client's time.
@@ -137,7 +144,13 @@ def insert_jobs(
 
     keys: for each of them its concurrency_key, ordering_key and rate_key, when they have any.
     """
-    insert = _insert_jobs(tables, template.delay_seconds is not None, template.run_at is not None, keys is not None)
+    insert = _insert_jobs(
+        tables,
+        template.delay_seconds is not None,
+        template.run_at is not None,
+        keys is not None,
+        _expiry(template),
+    )
     parameters = _job_parameters(template)
     del parameters["payload"]
     ids: list[int] = []
@@ -202,6 +215,10 @@ def _job_parameters(job: NewJob) -> dict[str, Any]:
         parameters["run_at"] = job.run_at
     if job.unique_key is not None:
         parameters["unique_key"] = job.unique_key
+    if job.expires_seconds is not None:
+        parameters["expires_seconds"] = job.expires_seconds
+    if job.expires_at is not None:
+        parameters["expires_at"] = job.expires_at
     if _has_keys(job):
         parameters |= {name: getattr(job, name) for name in LIMIT_KEYS}
     return parameters
@@ -219,8 +236,27 @@ def _run_at(has_delay: bool, has_run_at: bool) -> Any:
     return now()
 
 
+#: How the expiry of a job is given, if at all.
+_Expiry = Literal["", "expires_seconds", "expires_at"]
+
+
+def _expiry(job: NewJob) -> _Expiry:
+    if job.expires_seconds is not None:
+        return "expires_seconds"
+    return "expires_at" if job.expires_at is not None else ""
+
+
+def _expires_at(expiry: _Expiry) -> dict[str, Any]:
+    """The values of an INSERT that concern the expiry."""
+    if expiry == "expires_seconds":
+        return {"expires_at": seconds_from_now(sa.bindparam("expires_seconds", type_=sa.Float()))}
+    return {"expires_at": sa.bindparam("expires_at", type_=dialect.UTCDateTime())} if expiry else {}
+
+
 @cache
-def _insert_job(tables: Tables, has_delay: bool, has_run_at: bool, has_unique_key: bool, has_keys: bool) -> Any:
+def _insert_job(
+    tables: Tables, has_delay: bool, has_run_at: bool, has_unique_key: bool, has_keys: bool, expiry: _Expiry
+) -> Any:
     jobs = tables.jobs
     values = {
         "task": sa.bindparam("task", type_=sa.Text()),
@@ -230,6 +266,7 @@ def _insert_job(tables: Tables, has_delay: bool, has_run_at: bool, has_unique_ke
         "max_retries": sa.bindparam("max_retries", type_=sa.SmallInteger()),
         "metadata": json_of(sa.bindparam("metadata", type_=sa.Text())),
         "run_at": _run_at(has_delay, has_run_at),
+        **_expires_at(expiry),
     }
     statement = dialect.insert(tables.dialect_name, jobs)
     if has_keys:
@@ -243,15 +280,17 @@ def _insert_job(tables: Tables, has_delay: bool, has_run_at: bool, has_unique_ke
 
 
 @cache
-def _insert_job_text(tables: Tables, has_delay: bool, has_run_at: bool, has_unique_key: bool, has_keys: bool) -> str:
+def _insert_job_text(
+    tables: Tables, has_delay: bool, has_run_at: bool, has_unique_key: bool, has_keys: bool, expiry: _Expiry
+) -> str:
     """The same INSERT as psycopg takes it."""
     dialect_of_psycopg: sa.Dialect = psycopg.dialect()  # type: ignore[no-untyped-call]
-    insert = _insert_job(tables, has_delay, has_run_at, has_unique_key, has_keys)
+    insert = _insert_job(tables, has_delay, has_run_at, has_unique_key, has_keys, expiry)
     return str(insert.compile(dialect=dialect_of_psycopg))
 
 
 @cache
-def _insert_jobs(tables: Tables, has_delay: bool, has_run_at: bool, has_keys: bool) -> sa.Insert:
+def _insert_jobs(tables: Tables, has_delay: bool, has_run_at: bool, has_keys: bool, expiry: _Expiry) -> sa.Insert:
     jobs = tables.jobs
     payloads, payload, position = dialect.documents(tables.dialect_name, "payloads")
     columns = {
@@ -262,6 +301,7 @@ def _insert_jobs(tables: Tables, has_delay: bool, has_run_at: bool, has_keys: bo
         "max_retries": sa.bindparam("max_retries", type_=sa.SmallInteger()),
         "metadata": json_of(sa.bindparam("metadata", type_=sa.Text())),
         "run_at": _run_at(has_delay, has_run_at),
+        **_expires_at(expiry),
     }
     source = payloads
     if has_keys:
@@ -329,9 +369,15 @@ def replace_pending(connection: sa.Connection, tables: Tables, job: NewJob, acto
             priority=job.priority,
             max_retries=job.max_retries,
             run_at=_run_at(job.delay_seconds is not None, job.run_at is not None),
+            **{"expires_at": sa.null(), **_expires_at(_expiry(job))},
         )
         .returning(jobs.c.id),
-        {"delay": job.delay_seconds, "run_at": job.run_at},
+        {
+            "delay": job.delay_seconds,
+            "run_at": job.run_at,
+            "expires_seconds": job.expires_seconds,
+            "expires_at": job.expires_at,
+        },
     ).scalar_one_or_none()
     if replaced is not None:
         record(
@@ -427,8 +473,21 @@ def claimed_jobs(rows: Iterable[Any], *, queue: str, worker: str, token: uuid.UU
             token,
             created_at,
             metadata,
+            None if expired is None else -expired,
         )
-        for job_id, task, payload, priority, run_at, attempt, retries, max_retries, created_at, metadata in rows
+        for (
+            job_id,
+            task,
+            payload,
+            priority,
+            run_at,
+            attempt,
+            retries,
+            max_retries,
+            created_at,
+            metadata,
+            expired,
+        ) in rows
     ]
     # An UPDATE returns its rows in no particular order.
     claimed.sort(key=lambda job: (-job.priority, job.run_at, job.id))
@@ -465,7 +524,8 @@ def claim_filters(tables: Tables, queue: sa.BindParameter[str], of_tasks: bool, 
     paused = (
         sa.select(sa.literal_column("1")).select_from(queues).where(queues.c.name == queue, is_paused(queues)).exists()
     )
-    filters: sa.ColumnElement[bool] = sa.not_(paused)
+    unexpired = sa.or_(jobs.c.expires_at.is_(None), jobs.c.expires_at > now())
+    filters: sa.ColumnElement[bool] = sa.and_(sa.not_(paused), unexpired)
     if of_tasks:
         filters = sa.and_(filters, text_in(jobs.c.task, sa.bindparam("tasks", type_=TextArray())))
     if not flush:
@@ -522,6 +582,7 @@ def claimed_columns(jobs: sa.Table) -> list[sa.ColumnElement[Any]]:
         jobs.c.max_retries,
         jobs.c.created_at,
         sa.cast(jobs.c.metadata, sa.Text),
+        seconds_since(jobs.c.expires_at).label("expired"),
     ]
 
 
@@ -799,10 +860,11 @@ def release_claim(connection: sa.Connection, tables: Tables, token: uuid.UUID, *
     return [row.id for row in released]
 
 
-def upkeep(connection: sa.Connection, tables: Tables) -> tuple[bool, bool]:
-    """Whether there is something to sweep, and something to prune because its time has come. One statement."""
-    expired, prunable = connection.execute(_upkeep(tables)).one()
-    return bool(expired), bool(prunable)
+def upkeep(connection: sa.Connection, tables: Tables) -> tuple[bool, bool, bool]:
+    """Whether there is something to sweep, pending jobs that have expired, and something to prune because its time has
+    come. One statement."""
+    lapsed, expired, prunable = connection.execute(_upkeep(tables)).one()
+    return bool(lapsed), bool(expired), bool(prunable)
 
 
 @cache
@@ -816,6 +878,7 @@ def _upkeep(tables: Tables) -> sa.Select[Any]:
 
     looks: list[Any] = [
         is_over(jobs.c.claim_expires_at, jobs.c.status == RUNNING),
+        is_over(jobs.c.expires_at, sa.and_(jobs.c.expires_at.is_not(None), jobs.c.status == PENDING)),
         is_over(jobs.c.prune_at, jobs.c.prune_at.is_not(None)),
     ]
     return sa.select(*looks)

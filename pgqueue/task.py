@@ -61,6 +61,7 @@ class TaskDefinition:
     priority: int = 0
     retry: Retry = field(default_factory=Retry)
     timeout: float | None = None  #: seconds an attempt may take; None: as long as it likes
+    expires_in: float | None = None  #: seconds from when a job is due until it is not worth starting; None: for ever
     keep_completed: float | None = None  #: seconds until a completed job is deleted; None: kept
     keep_dead: float | None = None  #: likewise a dead one
     transactional: bool = False  #: the function's first parameter is a Session that commits its own completion

@@ -33,7 +33,7 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
-from pgqueue import limits, migration, retention, store, uniqueness
+from pgqueue import expiry, limits, migration, retention, store, uniqueness
 from pgqueue.client import PgQueue
 from pgqueue.config import WorkerConfig
 from pgqueue.dialect import POSTGRESQL
@@ -49,7 +49,7 @@ from pgqueue.engine import (
     parse_url,
 )
 from pgqueue.errors import ConfigurationError, IllegalTransition
-from pgqueue.events import DELIVER_SECONDS, EventName, event_of, events_of, events_of_swept
+from pgqueue.events import DELIVER_SECONDS, EventName, event_of, events_of, events_of_expired, events_of_swept
 from pgqueue.executor import cancelled_itself, execute, execute_async, outcome_of
 from pgqueue.job import (
     ASKED_TO_STOP,
@@ -58,6 +58,7 @@ from pgqueue.job import (
     Completed,
     ErrorInfo,
     EventType,
+    Expired,
     JobStatus,
     Outcome,
     Released,
@@ -114,6 +115,7 @@ STOPPED_UNSTARTED = Released("the worker stopped before it started the job")
 STOPPED_RUNNING = Released("the worker stopped while the job was running")
 STOPPED_ON_REQUEST = Cancelled(ASKED_TO_STOP)
 UNSTARTED_ON_REQUEST = Cancelled("it was asked to stop before it was started")
+EXPIRED = Expired()
 STALE = Released("its lease may have run out before it was started")
 TAKEN = "it was taken from this worker before its attempt ended"
 OUTCOME_REFUSED = "it was taken from this worker; the outcome of the attempt was refused"
@@ -146,6 +148,7 @@ _COUNTED: dict[EventType | None, str] = {
     None: "completed",
     EventType.RETRY: "retried",
     EventType.DEAD: "dead",
+    EventType.EXPIRE: "dead",
     EventType.CANCEL: "cancelled",
     EventType.SNOOZE: "snoozed",
     EventType.RELEASE: "released",
@@ -158,6 +161,7 @@ class _Hold:
 
     job: ClaimedJob
     sure_until: float  #: monotonic; its lease lasts at least so long
+    expires: float = float("inf")  #: monotonic; not to be started from then on
     began: float | None = None  #: monotonic; noted only while somebody listens to events
     ran_seconds: float | None = None  #: likewise, once it is ending
     #: Locked when how it ends is decided and being written. A lock because exactly one of many threads gets it.
@@ -537,19 +541,23 @@ class Worker:
             raise
         if claimed:
             self._drain_wait = DRAIN_SECONDS_MIN
-        self._hold(claimed, asked_at + self.config.lease)
+        self._hold(claimed, asked_at)
         if not slots.add(claimed):  # the claim took so long that the worker stopped meanwhile
             self._unsure_claims.append(token)
             self._release_unsure(connection)
         return len(claimed) == limit
 
-    def _hold(self, claimed: Sequence[ClaimedJob], sure_until: float) -> None:
+    def _hold(self, claimed: Sequence[ClaimedJob], asked_at: float) -> None:
+        """Count these jobs as held; the claim was asked for at that moment of the monotonic clock."""
+        sure_until = asked_at + self.config.lease
         older = []
         with self._lock:
             for job in claimed:
                 if job.id in self._held:
                     older.append(self._held[job.id])
-                self._held[job.id] = _Hold(job, sure_until)
+                hold = self._held[job.id] = _Hold(job, sure_until)
+                if job.expires_in is not None:
+                    hold.expires = asked_at + job.expires_in
         for hold in older:
             # A job that was given back may be claimed again before its end is settled here; nothing is lost then.
             if hold.begin_end():
@@ -565,6 +573,7 @@ class Worker:
 
     def _drain_step(self, connection: sa.Connection) -> float:
         """When draining: stop if nothing is left to wait for; otherwise how long to wait."""
+        self._expire(connection)
         with connection.begin():
             left = store.open_jobs(connection, self.pgq.tables, list(self.config.queues), sorted(self._definitions))
         if left.due == 0 and left.running == 0 and not self._held:
@@ -621,12 +630,13 @@ class Worker:
         if job.cancel_requested:
             self._finish(job, UNSTARTED_ON_REQUEST)
             return False
-        if time.monotonic() < hold.sure_until:
+        present = time.monotonic()
+        if present < hold.sure_until and present < hold.expires:
             if self._listeners.wanted:
-                hold.began = time.monotonic()
+                hold.began = present
                 self._listeners.tell([event_of(EventName.STARTED, job)])
             return True
-        self._finish(job, STALE)
+        self._finish(job, EXPIRED if present >= hold.expires else STALE)
         return False
 
     def run_sync(self, job: ClaimedJob) -> None:
@@ -792,6 +802,8 @@ class Worker:
                 transition.error.type if transition.error else "no error",
                 transition.reason,
             )
+        elif transition.event is EventType.EXPIRE:
+            logger.warning("task %s, job %d expired before it was started; it is dead", job.task, job.id)
         self._finished.put(transition)
 
     def _finish_step(self, connection: sa.Connection) -> float:
@@ -1020,9 +1032,9 @@ class Worker:
                 if uniqueness.forget_periods(connection, self.pgq.tables, limit=PERIODS_MAX) < PERIODS_MAX:
                     self._forget_at = time.monotonic() + FORGET_SECONDS
             # Nearly always there is nothing to do, and to see that takes one statement instead of eight.
-            expired, prunable = store.upkeep(connection, self.pgq.tables)
-        swept = pruned = 0
-        if expired:
+            lapsed, expired, prunable = store.upkeep(connection, self.pgq.tables)
+        swept = gone = pruned = 0
+        if lapsed:
             with connection.begin() as transaction:
                 found = store.sweep(connection, self.pgq.tables, limit=SWEEP_JOBS_MAX, actor=self.id)
                 if time.monotonic() > sure_until:  # it was frozen on the way to the database
@@ -1040,12 +1052,26 @@ class Worker:
             self._listeners.tell(told for job in jobs for told in events_of_swept(job))
             swept = found.count
             self._report_swept(found)
+        if expired:
+            gone = self._expire(connection)
         if prunable:
             with connection.begin():
                 pruned = retention.prune_due(connection, self.pgq.tables)
-        if swept == SWEEP_JOBS_MAX or pruned == retention.PRUNE_JOBS_MAX:
-            return 0.0
-        return self.config.sweep_interval
+        found_all = swept == SWEEP_JOBS_MAX or gone == expiry.EXPIRE_JOBS_MAX or pruned == retention.PRUNE_JOBS_MAX
+        return 0.0 if found_all else self.config.sweep_interval
+
+    def _expire(self, connection: sa.Connection) -> int:
+        """Let jobs that expired before anybody started them be dead; how many."""
+        with connection.begin():
+            expired = expiry.expire(connection, self.pgq.tables, actor=self.id)
+            retention.keep_dead_of_tasks(connection, self.pgq.tables, expired, self._keep_dead)
+            jobs = self.pgq._stored(connection, expired, EventName.EXPIRED, EventName.DEAD)
+        self._listeners.tell(told for job in jobs for told in events_of_expired(job))
+        if expired:
+            with self._lock:
+                self.report.dead += len(expired)
+            logger.warning("%d jobs expired before they were started; they are dead", len(expired))
+        return len(expired)
 
     def _report_swept(self, swept: SweepResult) -> None:
         if not swept.count:

@@ -42,6 +42,9 @@ def enqueue(
     at: Annotated[
         datetime | None, typer.Option("--at", metavar="ISO", parser=moment, help="Not before 2030-01-31T12:00:00Z.")
     ] = None,
+    expires_in: Annotated[
+        float | None, duration_option("--expires-in", "Not started later than so long after it is due, e.g. 10m.")
+    ] = None,
     unique_key: Annotated[
         str | None,
         typer.Option("--unique-key", metavar="KEY", help="At most one open job of the task may have this key."),
@@ -76,6 +79,7 @@ def enqueue(
             priority=priority,
             delay=delay,
             at=at,
+            expires_in=expires_in,
             unique_key=unique_key,
             on_conflict=on_conflict,
             max_retries=max_retries,

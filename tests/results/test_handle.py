@@ -391,6 +391,13 @@ def test_the_handle_of_a_job_that_was_there_already_waits_for_that_one(pgq: PgQu
     assert second.result() == 3
 
 
+def test_the_handle_of_a_job_that_a_full_queue_dropped_says_so(pgq: PgQueue) -> None:
+    dropped = JobHandle(handle.DROPPED_ID, inserted=False, queue=pgq)
+
+    with pytest.raises(JobNotFound, match="its queue was full"):
+        dropped.result()
+
+
 def test_errors_of_results_can_be_pickled() -> None:
     failed = pickle.loads(pickle.dumps(JobFailed("job 3 is dead", 3, ErrorInfo("ValueError", "no"))))
 

@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 from jobs import add, add_one, claim, claim_one, completed, died, events, expire, put, retried, row, statuses
 from sqlalchemy.orm import Session
-from support import execute, rows, scalar, wait_for
+from support import scalar, wait_for
 from working import drain, enqueue, enqueue_many, table, working
 
 from pgqueue import ConfigurationError, Discard, JobNotFound, PgQueue, Retry, retention
@@ -317,16 +317,3 @@ def test_a_worker_deletes_jobs_whose_time_has_come(pgq: PgQueue) -> None:
 
     with working(pgq, sweep_interval=0.05):
         wait_for(lambda: statuses(pgq) == {}, "the jobs to be deleted")
-
-
-def test_pruning_goes_by_its_index(pg: PgQueue) -> None:
-    add(pg, 3)
-    execute(pg.engine, "INSERT INTO pgqueue.jobs (task, payload) SELECT 'work', '{}' FROM generate_series(1, 3000)")
-    execute(pg.engine, "ANALYZE pgqueue.jobs")
-
-    statement = retention._due_to_prune(pg.tables).compile(
-        dialect=pg.engine.dialect, compile_kwargs={"literal_binds": True}, schema_translate_map=None
-    )
-    plan = rows(pg.engine, f"EXPLAIN {str(statement).replace('%(limit)s', '10')}")
-
-    assert "jobs_prune" in "\n".join(line[0] for line in plan)

@@ -19,7 +19,7 @@ import pytest
 import sqlalchemy as sa
 from support import execute
 
-from pgqueue import JobStatus, OnConflict, PgQueue, store
+from pgqueue import JobStatus, OnConflict, PgQueue, expiry, results, retention, store
 from pgqueue.job import ErrorInfo, EventType, NewJob, Transition
 
 STATEMENTS = Path(__file__).parent / "statements"
@@ -74,6 +74,21 @@ HOT: dict[str, Callable[[sa.Connection, PgQueue, Claims], Any]] = {
         ],
         actor="w",
     ),
+    "complete_keeping": lambda connection, pgq, claims: retention.finish(
+        connection,
+        pgq.tables,
+        [Transition(job_id, token, 1, JobStatus.COMPLETED, keep_seconds=60.0) for job_id, token in claims],
+        actor="w",
+    ),
+    "complete_deleting": lambda connection, pgq, claims: retention.finish(
+        connection,
+        pgq.tables,
+        [Transition(job_id, token, 1, JobStatus.COMPLETED, keep_seconds=0.0) for job_id, token in claims[:1]],
+        actor="w",
+    ),
+    "expire": lambda connection, pgq, claims: expiry.expire(connection, pgq.tables, limit=100, actor="w"),
+    "prune_due": lambda connection, pgq, claims: retention.prune_due(connection, pgq.tables, limit=100),
+    "results": lambda connection, pgq, claims: results.look(connection, pgq.tables, [1, 2]),
     "sweep": lambda connection, pgq, claims: store.sweep(connection, pgq.tables, limit=100, actor="w"),
     "release_claim": lambda connection, pgq, claims: store.release_claim(
         connection, pgq.tables, uuid.uuid4(), actor="w"
@@ -249,6 +264,11 @@ INDEXES: dict[str, list[set[str]]] = {
     "complete": [{"pk_jobs"}],
     "complete_alike": [{"pk_jobs"}],
     "retry": [{"pk_jobs"}],
+    "complete_keeping": [{"pk_jobs"}],
+    "complete_deleting": [{"pk_jobs"}],
+    "expire": [{"jobs_expiry", "pk_jobs"}],
+    "prune_due": [{"jobs_prune"}],
+    "results": [{"pk_jobs"}],
     "sweep": [{"jobs_lease", "pk_jobs"}],
     "release_claim": [{"jobs_lease"}],
 }
@@ -340,6 +360,11 @@ SQLITE_PLANS: dict[str, list[str]] = {
     "complete": ["INTEGER PRIMARY KEY"],
     "complete_alike": ["INTEGER PRIMARY KEY"],
     "retry": ["INTEGER PRIMARY KEY"],
+    "complete_keeping": ["INTEGER PRIMARY KEY"],
+    "complete_deleting": ["INTEGER PRIMARY KEY", "INTEGER PRIMARY KEY"],
+    "expire": ["INTEGER PRIMARY KEY", "INDEX pgqueue_jobs_expiry"],
+    "prune_due": ["INDEX pgqueue_jobs_prune"],
+    "results": ["INTEGER PRIMARY KEY"],
     "sweep": ["INTEGER PRIMARY KEY", "INDEX pgqueue_jobs_lease"],
     "release_claim": ["INDEX pgqueue_jobs_lease"],
 }

@@ -74,6 +74,7 @@ WHERE pgqueue.jobs.id = ANY (ARRAY(
                     WHERE pgqueue.queues.name = %(of_queue)s::VARCHAR
                     AND pgqueue.queues.paused_at IS NOT NULL
                     AND (pgqueue.queues.paused_until IS NULL OR pgqueue.queues.paused_until > now())))
+            AND (pgqueue.jobs.expires_at IS NULL OR pgqueue.jobs.expires_at > now())
             AND pgqueue.jobs.task = ANY (%(tasks)s::TEXT[])
             ORDER BY pgqueue.jobs.run_at, pgqueue.jobs.id
             LIMIT %(limit)s::INTEGER
@@ -81,4 +82,5 @@ WHERE pgqueue.jobs.id = ANY (ARRAY(
         LIMIT %(limit)s::INTEGER))
 RETURNING pgqueue.jobs.id, pgqueue.jobs.task, CAST(pgqueue.jobs.payload AS TEXT) AS payload, pgqueue.jobs.priority,
     pgqueue.jobs.run_at, pgqueue.jobs.attempt, pgqueue.jobs.retries, pgqueue.jobs.max_retries,
-    pgqueue.jobs.created_at, CAST(pgqueue.jobs.metadata AS TEXT) AS metadata;
+    pgqueue.jobs.created_at, CAST(pgqueue.jobs.metadata AS TEXT) AS metadata, CAST(extract(epoch
+        FROM now() - pgqueue.jobs.expires_at) AS double precision) AS expired;

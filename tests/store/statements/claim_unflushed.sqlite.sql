@@ -30,7 +30,8 @@ WHERE pgqueue_jobs.id IN (
             AND pgqueue_queues.paused_at IS NOT NULL
             AND (pgqueue_queues.paused_until IS NULL OR pgqueue_queues.paused_until > strftime('%Y-%m-%d %H:%M:%f',
                 'now'))))
+    AND (pgqueue_jobs.expires_at IS NULL OR pgqueue_jobs.expires_at > strftime('%Y-%m-%d %H:%M:%f', 'now'))
     ORDER BY pgqueue_jobs.priority DESC, pgqueue_jobs.run_at, pgqueue_jobs.id
     LIMIT ? OFFSET ?)
 RETURNING id, task, CAST(payload AS TEXT) AS payload, priority, run_at, attempt, retries, max_retries, created_at,
-    CAST(metadata AS TEXT) AS metadata;
+    CAST(metadata AS TEXT) AS metadata, ((julianday('now') - julianday(expires_at)) * 86400.0) AS expired;

@@ -1,0 +1,9 @@
+SELECT pgqueue.jobs.id
+FROM pgqueue.jobs
+WHERE pgqueue.jobs.prune_at <= now()
+AND (pgqueue.jobs.status IN ('completed', 'dead', 'cancelled'))
+AND pgqueue.jobs.slot IS NULL
+AND NOT pgqueue.jobs.leads_order
+ORDER BY pgqueue.jobs.prune_at
+LIMIT %(limit)s::INTEGER
+FOR UPDATE SKIP LOCKED;

@@ -1,0 +1,8 @@
+SELECT pgqueue_jobs.id
+FROM pgqueue_jobs
+WHERE pgqueue_jobs.prune_at <= strftime('%Y-%m-%d %H:%M:%f', 'now')
+AND (pgqueue_jobs.status IN ('completed', 'dead', 'cancelled'))
+AND pgqueue_jobs.slot IS NULL
+AND pgqueue_jobs.leads_order = 0
+ORDER BY pgqueue_jobs.prune_at
+LIMIT ? OFFSET ?;
