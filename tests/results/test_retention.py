@@ -71,7 +71,7 @@ def test_a_completed_job_is_kept_as_long_as_its_task_says(pgq: PgQueue, count: i
 
     for job_id in ids:
         assert row(pgq, job_id).result == {"a": 1}
-        assert seconds_until_pruned(pgq, job_id) == pytest.approx(3600, abs=0.01)
+        assert seconds_until_pruned(pgq, job_id) == pytest.approx(3600, abs=10)
 
 
 def test_a_dead_job_is_kept_as_long_as_its_task_says(pgq: PgQueue) -> None:
@@ -83,7 +83,7 @@ def test_a_dead_job_is_kept_as_long_as_its_task_says(pgq: PgQueue) -> None:
     drain(pgq)
 
     assert row(pgq, job_id).status == "dead"
-    assert seconds_until_pruned(pgq, job_id) == pytest.approx(7200, abs=0.01)
+    assert seconds_until_pruned(pgq, job_id) == pytest.approx(7200, abs=10)
     assert events(pgq, job_id) == ["dead"]
 
 
@@ -168,7 +168,7 @@ def test_a_consumer_that_is_no_task_keeps_jobs_as_their_task_says(pgq: PgQueue) 
     pgq.nack(second, dead=True, error="no")
 
     assert statuses(pgq) == {second.id: "dead"}
-    assert seconds_until_pruned(pgq, second.id) == pytest.approx(60, abs=0.01)
+    assert seconds_until_pruned(pgq, second.id) == pytest.approx(60, abs=10)
 
 
 def test_a_job_that_dies_with_its_worker_is_kept_as_its_task_says(pgq: PgQueue) -> None:
@@ -183,7 +183,7 @@ def test_a_job_that_dies_with_its_worker_is_kept_as_its_task_says(pgq: PgQueue) 
     with working(pgq, sweep_interval=0.05):
         wait_for(lambda: statuses(pgq) == {lost: "dead", other: "dead"}, "the sweep")
 
-    assert seconds_until_pruned(pgq, lost) == pytest.approx(3600, abs=0.01)
+    assert seconds_until_pruned(pgq, lost) == pytest.approx(3600, abs=10)
     assert row(pgq, other).prune_at is None
 
 
@@ -217,8 +217,8 @@ def test_transitions_of_all_kinds_are_written_together(pgq: PgQueue, claimed: li
     assert written == {job.id for job in claimed}
     assert statuses(pgq) == {plain.id: "completed", hour.id: "completed", dead.id: "dead"}
     assert row(pgq, plain.id).prune_at is None
-    assert seconds_until_pruned(pgq, hour.id) == pytest.approx(3600, abs=0.01)
-    assert seconds_until_pruned(pgq, dead.id) == pytest.approx(60, abs=0.01)
+    assert seconds_until_pruned(pgq, hour.id) == pytest.approx(3600, abs=10)
+    assert seconds_until_pruned(pgq, dead.id) == pytest.approx(60, abs=10)
 
 
 @pytest.mark.parametrize("seconds", [0.0, 60.0])

@@ -156,7 +156,7 @@ def test_the_look_of_an_idle_worker_for_what_is_to_be_done_reads_no_table(pgq: P
         store.upkeep(connection, pgq.tables)
 
     plans = [explained(pgq, statement, parameters) for statement, parameters in sent]
-    assert [indexes_in(plan) for plan in plans] == [{"jobs_lease", "jobs_prune"}]
+    assert [indexes_in(plan) for plan in plans] == [{"jobs_lease", "jobs_prune", "jobs_expiry"}]
     assert blocks(plans) <= 20
 
 

@@ -80,11 +80,10 @@ HOT: dict[str, Callable[[sa.Connection, PgQueue, Claims], Any]] = {
         [Transition(job_id, token, 1, JobStatus.COMPLETED, keep_seconds=60.0) for job_id, token in claims],
         actor="w",
     ),
-    "complete_deleting": lambda connection, pgq, claims: retention.finish(
+    "complete_deleting": lambda connection, pgq, claims: retention._delete(
         connection,
         pgq.tables,
-        [Transition(job_id, token, 1, JobStatus.COMPLETED, keep_seconds=0.0) for job_id, token in claims[:1]],
-        actor="w",
+        [Transition(job_id, claims[0][1], 1, JobStatus.COMPLETED, keep_seconds=0.0) for job_id in range(1, 11)],
     ),
     "expire": lambda connection, pgq, claims: expiry.expire(connection, pgq.tables, limit=100, actor="w"),
     "prune_due": lambda connection, pgq, claims: retention.prune_due(connection, pgq.tables, limit=100),
@@ -361,7 +360,7 @@ SQLITE_PLANS: dict[str, list[str]] = {
     "complete_alike": ["INTEGER PRIMARY KEY"],
     "retry": ["INTEGER PRIMARY KEY"],
     "complete_keeping": ["INTEGER PRIMARY KEY"],
-    "complete_deleting": ["INTEGER PRIMARY KEY", "INTEGER PRIMARY KEY"],
+    "complete_deleting": ["INTEGER PRIMARY KEY"],
     "expire": ["INTEGER PRIMARY KEY", "INDEX pgqueue_jobs_expiry"],
     "prune_due": ["INDEX pgqueue_jobs_prune"],
     "results": ["INTEGER PRIMARY KEY"],
