@@ -342,10 +342,10 @@ def test_the_first_job_of_many_that_fails_ends_the_wait(pgq: PgQueue) -> None:
 
 def test_the_errors_of_many_can_be_had_among_the_results(pgq: PgQueue) -> None:
     ids = add(pgq, 3)
-    first, second, third = pgq.claim("me", limit=3)
+    first, second = pgq.claim("me", limit=2)
     pgq.ack(first, result="fine")
     pgq.nack(second, dead=True, error="no")
-    pgq.cancel(third.id)
+    pgq.cancel(ids[2])
 
     fine, failed, cancelled, missing = pgq.results([*ids, 99], timeout=0, return_errors=True)
 
