@@ -1210,29 +1210,36 @@ class PgQueue:
         self, connection: sa.Connection, job_id: int, changes: Mapping[str, Any], actor: str, reason: str | None
     ) -> None:
         tables = self._tables_of(connection)
-        job = dead_letter.lock_for_edit(connection, tables, job_id)
         values = {name: value for name, value in changes.items() if value is not None}
         changed = sorted(values.keys() - {"payload"})
-        if "payload" in values:
-            task = self.tasks.get(job.task)
-            _require_mapping(values["payload"], job.task)
-            if task is None:
-                values["payload"] = encode_json(dict(values["payload"]), f"payload of task {job.task!r}")
-            else:
-                given = values["payload"]
-                values["payload"] = task.definition.encode(given)
-                if job.unique_key is not None and job.unique_key.startswith(COMPUTED) and task.definition.unique:
-                    values["unique_key"] = task.definition.unique_key(given, values["payload"])
+        if "payload" not in values:
+            job = dead_letter.lock_for_edit(connection, tables, job_id)
+            dead_letter.edit_job(connection, tables, job, values, actor=actor, reason=_edit_reason(changed, reason))
+            return
+        with limits.passing_on(connection, tables, operations.bounded(job_id)):
+            job = dead_letter.lock_for_edit(connection, tables, job_id)
+            values |= self._edited_payload(job, values["payload"])
             changed += _changed_keys(job.payload_json, values["payload"])
-        what = "changed " + (", ".join(changed) or "nothing")
-        dead_letter.edit_job(
-            connection,
-            tables,
-            job,
-            values,
-            actor=actor,
-            reason=clean(what if reason is None else f"{reason} ({what})", MESSAGE_CHARACTERS_MAX),
-        )
+            dead_letter.edit_job(connection, tables, job, values, actor=actor, reason=_edit_reason(changed, reason))
+
+    def _edited_payload(self, job: dead_letter.Editable, payload: Mapping[str, Any]) -> dict[str, Any]:
+        """The columns that belong to a payload: itself, and the keys that the task takes from it."""
+        _require_mapping(payload, job.task)
+        task = self.tasks.get(job.task)
+        if task is None:
+            return {"payload": encode_json(dict(payload), f"payload of task {job.task!r}")}
+        definition = task.definition
+        values: dict[str, Any] = {"payload": definition.encode(payload)}
+        if definition.unique is not None and job.unique_key is not None and job.unique_key.startswith(COMPUTED):
+            values["unique_key"] = definition.unique_key(payload, values["payload"])
+        if definition.has_keys:
+            taken = _keys_of(definition, job.payload_json)._asdict()
+            new = definition.keys_of(values["payload"])._asdict()
+            # A key that was given by hand stays.
+            moved = {name: key for name, key in new.items() if job.limit_keys[name] == taken[name] != key}
+            if moved:
+                values |= {**moved, "waits_for": None, "slot": None, "leads_order": False}
+        return values
 
     def delete(self, job_id: int, *, reason: str | None = None, actor: str | None = None) -> None:
         """Delete a job that is not running; its events stay."""
@@ -2094,6 +2101,19 @@ def _checked_id(job_id: object) -> int:
     if not isinstance(job_id, int) or isinstance(job_id, bool):
         raise ConfigurationError(f"a job's id is a whole number, got {type(job_id).__name__}")
     return job_id
+
+
+def _edit_reason(changed: Sequence[str], reason: str | None) -> str:
+    what = "changed " + (", ".join(changed) or "nothing")
+    return clean(what if reason is None else f"{reason} ({what})", MESSAGE_CHARACTERS_MAX)
+
+
+def _keys_of(definition: TaskDefinition, payload_json: str) -> LimitKeys:
+    """The keys that the task takes from a payload, which may be one that it cannot read."""
+    try:
+        return definition.keys_of(payload_json)
+    except (ValueError, TypeError, RecursionError):
+        return LimitKeys()
 
 
 def _changed_keys(before_json: str, after_json: str) -> list[str]:

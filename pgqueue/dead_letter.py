@@ -58,20 +58,22 @@ class Editable:
     status: str
     payload_json: str = field(repr=False)
     unique_key: str | None = field(repr=False)
+    limit_keys: Mapping[str, str | None] = field(repr=False)
 
 
 def lock_for_edit(connection: sa.Connection, tables: Tables, job_id: int) -> Editable:
     """A job that may be edited. Raises JobNotFound, or IllegalTransition when it is running or completed."""
     jobs = tables.jobs
-    row = operations.lock_job(
-        connection, tables, job_id, sa.cast(jobs.c.payload, sa.Text).label("payload_json"), jobs.c.unique_key
-    )
+    payload_json = sa.cast(jobs.c.payload, sa.Text).label("payload_json")
+    keys = [jobs.c[name] for name in store.LIMIT_KEYS]
+    row = operations.lock_job(connection, tables, job_id, payload_json, jobs.c.unique_key, *keys)
     if row.status not in EDITABLE:
         hint = "; cancel it, or wait for its end" if row.status == JobStatus.RUNNING else ""
         raise IllegalTransition(
             f"job {job_id} is {row.status}; only a {', '.join(EDITABLE[:-1])} or {EDITABLE[-1]} job can be edited{hint}"
         )
-    return Editable(row, row.task, row.status, row.payload_json, row.unique_key)
+    limit_keys = {name: row._mapping[name] for name in store.LIMIT_KEYS}
+    return Editable(row, row.task, row.status, row.payload_json, row.unique_key, limit_keys)
 
 
 def edit_job(

@@ -335,6 +335,22 @@ def test_an_edited_payload_must_fit_the_task_where_it_is_known(pgq: PgQueue) -> 
     assert row(pgq, job_id).payload == {"anything": [1]}
 
 
+def test_an_edited_payload_brings_its_limit_keys_along_and_the_next_in_the_old_order_goes_on(pgq: PgQueue) -> None:
+    @pgq.task(ordered_by="file")
+    def convert(file: str) -> None: ...
+
+    with pgq.begin() as connection:
+        first = convert.enqueue(connection, file="a").id
+        second = convert.enqueue(connection, file="a").id
+        by_hand = convert.using(ordering_key="mine").enqueue(connection, file="a").id
+
+    for job_id in (first, by_hand):
+        pgq.edit(job_id, payload={"file": "b"})
+
+    assert [row(pgq, job_id).ordering_key for job_id in (first, second, by_hand)] == ["b", "a", "mine"]
+    assert {job.id for job in pgq.claim("worker", limit=10)} == {first, second, by_hand}
+
+
 def test_a_running_or_completed_job_cannot_be_edited(pgq: PgQueue) -> None:
     running = add_one(pgq)
     claimed = claim_one(pgq)

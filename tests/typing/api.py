@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from pgqueue import Job, JobHandle, PgQueue, Retry
+from pgqueue import Job, JobHandle, PgQueue, ReplayResult, Retry, Unique
 
 pgq = PgQueue("sqlite://")
 
@@ -22,6 +22,10 @@ def plain(file: str, size: int = 1024) -> dict[str, Any]:
 
 @pgq.task(queue="images", retry=Retry(max_retries=5))
 async def asynchronous(file: str) -> None: ...
+
+
+@pgq.task(unique=Unique(by=("file",), period=60, on_conflict="raise"))
+def once(file: str) -> None: ...
 
 
 @pgq.task(transactional=True)
@@ -51,3 +55,14 @@ async def enqueue_async(session: AsyncSession) -> int:
     await asynchronous.enqueue_async(session, size=3)  # type: ignore[call-arg]
     plain.enqueue(session, file="a.jpg")  # type: ignore[arg-type]
     return (await plain.enqueue_async(session, file="a.jpg")).id
+
+
+def operate(session: Session) -> ReplayResult:
+    pgq.replay(1, payload={"file": "a.jpg"}, session=session)
+    once.enqueue(session, file="a.jpg")
+    once.enqueue(session, fiel="a.jpg")  # type: ignore[call-arg]
+    pgq.edit(1, payload={"file": "b.jpg"}, reason="typo")
+    count: int = pgq.purge(task="once", dry_run=True)
+    assert count
+    pgq.replay([1, 2], payload={})  # type: ignore[call-overload]
+    return pgq.replay([1, 2])
