@@ -12,10 +12,11 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import context
 
-from pgqueue.config import LOCAL_URL, url_from_environment
+from pgqueue.config import LOCAL_URL
 from pgqueue.engine import make_engine, parse_url
 from pgqueue.migration import LOCK_TIMEOUT_SECONDS, configure_options, exclusive, list_schema, quiet_about_expressions
 from pgqueue.schema import tables_for
+from pgqueue.settings import Sources
 
 
 def schema() -> str:
@@ -50,15 +51,18 @@ def _create_schema() -> None:
         context.execute(create)
 
 
-url = url_from_environment() or LOCAL_URL
+def url() -> sa.URL:
+    return parse_url(Sources().find("database_url").value or LOCAL_URL)
+
+
 if context.is_offline_mode():
-    name = context.config.attributes.get("dialect_name") or parse_url(url).get_backend_name()
+    name = context.config.attributes.get("dialect_name") or url().get_backend_name()
     run(name, dialect_name=name, literal_binds=True)
 elif "connection" in context.config.attributes:
     connection = context.config.attributes["connection"]
     run(connection.dialect.name, connection=connection)
 else:
-    engine = make_engine(url)
+    engine = make_engine(url())
     with exclusive(engine, schema()) as connection:
         run(connection.dialect.name, connection=connection)
     engine.dispose()

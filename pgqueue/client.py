@@ -27,7 +27,7 @@ from pgqueue.actor import default_actor
 from pgqueue.actor import who as _who
 from pgqueue.actor import why as _why
 from pgqueue.admission import Limits, OnFull, PerKey, Rate
-from pgqueue.config import DEFAULT_QUEUE, DEFAULT_SCHEMA, checked_lease, checked_schema, url_from_environment
+from pgqueue.config import DEFAULT_QUEUE, checked_lease, checked_schema
 from pgqueue.cron import NewSchedule
 from pgqueue.dialect import POSTGRESQL, checked_dialect, now, seconds_from_now
 from pgqueue.engine import end_if_frozen, errors_explained, make_async_engine, make_engine, parse_url, reading
@@ -64,6 +64,7 @@ from pgqueue.operations import JobFilter
 from pgqueue.retry import DELAY_SECONDS_MAX, Retry, as_seconds, checked_max_retries, decide
 from pgqueue.scheduling import Schedules, new_schedule
 from pgqueue.schema import KEY_CHARACTERS_MAX, Tables, tables_for
+from pgqueue.settings import Sources
 from pgqueue.task import LimitKeys, TaskDefinition, checked_name, checked_priority, encode_json
 from pgqueue.transaction import (
     AsyncTransaction,
@@ -117,15 +118,16 @@ _DEFAULT_RETRY = Retry()
 class PgQueue:
     """A job queue in a database.
 
-    Made from a URL, an Engine or an AsyncEngine; without one, the URL is taken from PGQUEUE_DATABASE_URL or
-    DATABASE_URL when it is first needed. `schema` names the PostgreSQL schema with the tables (on SQLite: the
-    prefix of their names). Making one connects to nothing.
+    Made from a URL, an Engine or an AsyncEngine; without one, the URL is taken from PGQUEUE_DATABASE_URL,
+    DATABASE_URL or pgqueue.toml when it is first needed. `schema` names the PostgreSQL schema with the tables (on
+    SQLite: the prefix of their names); without it, PGQUEUE_SCHEMA, pgqueue.toml or "pgqueue" does. Making one
+    connects to nothing.
     """
 
     def __init__(
-        self, database: str | sa.URL | sa.Engine | AsyncEngine | None = None, *, schema: str = DEFAULT_SCHEMA
+        self, database: str | sa.URL | sa.Engine | AsyncEngine | None = None, *, schema: str | None = None
     ) -> None:
-        self.schema = checked_schema(schema)
+        self.schema = checked_schema(Sources().find("schema", schema).value)
         self.tasks: dict[str, Task[..., Any]] = {}
         self._queue_limits: dict[str, Limits] = {}
         self._block_seconds: dict[str, float] = {}
@@ -184,10 +186,11 @@ class PgQueue:
         """The database's URL. ConfigurationError when there is none."""
         with self._lock:
             if self._url is None:
-                found = url_from_environment()
+                found = Sources().find("database_url").value
                 if found is None:
                     raise ConfigurationError(
-                        "no database: pass a URL to PgQueue(…), or set PGQUEUE_DATABASE_URL or DATABASE_URL"
+                        "no database: pass a URL to PgQueue(…), set PGQUEUE_DATABASE_URL or DATABASE_URL, or give "
+                        "database_url in pgqueue.toml"
                     )
                 self._url = parse_url(found)
             return self._url

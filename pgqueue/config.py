@@ -1,15 +1,17 @@
-"""Settings: explicit arguments before the environment before defaults, checked when made."""
+"""What can be configured, its defaults and its limits, checked when made."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from pgqueue.errors import ConfigurationError
 from pgqueue.retry import DELAY_SECONDS_MAX
 from pgqueue.task import checked_name
+
+T = TypeVar("T")
 
 DEFAULT_SCHEMA = "pgqueue"
 DEFAULT_QUEUE = "default"
@@ -24,12 +26,6 @@ URL_VARIABLES = ("PGQUEUE_DATABASE_URL", "DATABASE_URL")
 HEARTBEATS_PER_LEASE = 3
 
 LEASE_SECONDS_MIN = 0.5
-
-
-def url_from_environment(environ: Mapping[str, str] | None = None) -> str | None:
-    """The database URL that the environment names, or None."""
-    environ = os.environ if environ is None else environ
-    return next((environ[name] for name in URL_VARIABLES if environ.get(name)), None)
 
 
 def checked_schema(name: object) -> str:
@@ -116,10 +112,10 @@ class WorkerConfig:
         return self.lease / HEARTBEATS_PER_LEASE if self.heartbeat_interval is None else self.heartbeat_interval
 
 
-def parse_queues(specifications: Iterable[str], concurrency: int = DEFAULT_CONCURRENCY) -> dict[str, int]:
+def parse_queues(specifications: Iterable[str], concurrency: T) -> dict[str, int | T]:
     """Queues and their concurrency from `name` or `name=number`, as the command line takes them; `concurrency` is
     for those without a number."""
-    queues: dict[str, int] = {}
+    queues: dict[str, int | T] = {}
     for specification in specifications:
         for part in specification.split(","):
             name, separator, number = part.strip().partition("=")

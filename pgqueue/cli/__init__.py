@@ -4,7 +4,7 @@
 which database a command works on. The other modules have the commands.
 """
 
-from pgqueue.cli import db, enqueue, operate, schedules, serve, work
+from pgqueue.cli import config, db, enqueue, operate, schedules, serve, work
 from pgqueue.cli.program import EXIT_CODES, FAILURE, INTERRUPTED, app, main
 from pgqueue.supervisor import DRAINED_WITH_DEAD
 
@@ -14,6 +14,7 @@ __all__ = [
     "FAILURE",
     "INTERRUPTED",
     "app",
+    "config",
     "db",
     "enqueue",
     "main",

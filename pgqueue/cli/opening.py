@@ -16,10 +16,11 @@ from typing import Any
 from pgqueue import migration
 from pgqueue.cli.program import Settings
 from pgqueue.client import PgQueue
-from pgqueue.config import DEFAULT_SCHEMA, LOCAL_URL, url_from_environment
+from pgqueue.config import LOCAL_URL
 from pgqueue.dialect import SQLITE
 from pgqueue.errors import ConfigurationError, PgqueueError, SchemaMissing
 from pgqueue.output import print_error
+from pgqueue.settings import Sources
 
 LOCAL_FILE = Path(LOCAL_URL.removeprefix("sqlite:///"))
 
@@ -37,8 +38,8 @@ def opened(settings: Settings, before: Before = Before.CHECK) -> Iterator[PgQueu
     """The queue that the settings name.
 
     The database is, in this order: the one of --database-url; the one that the application gave to its PgQueue;
-    that of PGQUEUE_DATABASE_URL or DATABASE_URL; a file in the working directory. Nobody named that last one, so it
-    is announced, and it alone is ever created or upgraded unasked.
+    that of PGQUEUE_DATABASE_URL or DATABASE_URL; that of pgqueue.toml; a file in the working directory. Nobody
+    named that last one, so it is announced, and it alone is ever created or upgraded unasked.
     """
     pgq, local = find_queue(settings)
     output = settings.printer()
@@ -76,22 +77,17 @@ def require_file(pgq: PgQueue) -> None:
 def find_queue(settings: Settings) -> tuple[PgQueue, bool]:
     """The queue that the settings name, and whether it is on the local file that nobody named."""
     if settings.app is None:
-        pgq = PgQueue(schema=schema_of(settings))
+        pgq = PgQueue(schema=settings.schema)
     else:
         pgq = load_app(settings.app)
         if settings.schema is not None:
             pgq.use_schema(settings.schema)
     if settings.database_url is not None:
         pgq.connect_to(settings.database_url)
-    if pgq.has_database or url_from_environment() is not None:
+    if pgq.has_database or Sources().find("database_url").value is not None:
         return pgq, False
     pgq.connect_to(LOCAL_URL)
     return pgq, True
-
-
-def schema_of(settings: Settings) -> str:
-    """The schema, when there is no application to ask."""
-    return settings.schema if settings.schema is not None else os.environ.get("PGQUEUE_SCHEMA") or DEFAULT_SCHEMA
 
 
 def load_app(reference: str) -> PgQueue:

@@ -33,6 +33,7 @@ from pgqueue.errors import (
     WrongSession,
 )
 from pgqueue.output import Format, Output, logging_to_stderr, print_error
+from pgqueue.settings import Sources
 from pgqueue.version import VERSION
 
 OK, FAILURE, USAGE, NOT_FOUND, CONFLICT, UNREACHABLE, SCHEMA = range(7)
@@ -59,7 +60,20 @@ EXIT_CODES: tuple[tuple[type[PgqueueError], int], ...] = (
 UsageError: Any = typer.BadParameter.__mro__[1]
 
 #: The order of the help.
-COMMANDS = ("worker", "serve", "enqueue", "jobs", "queues", "schedules", "stats", "prune", "db", "bench", "demo")
+COMMANDS = (
+    "worker",
+    "serve",
+    "enqueue",
+    "jobs",
+    "queues",
+    "schedules",
+    "stats",
+    "prune",
+    "config",
+    "db",
+    "bench",
+    "demo",
+)
 
 
 class Program(TyperGroup):
@@ -146,6 +160,10 @@ class Settings:
         }
         return dataclasses.replace(self, **changes)
 
+    def with_app(self) -> Settings:
+        """With the app of the environment or the file when no option names one."""
+        return dataclasses.replace(self, app=Sources().find("app", self.app).value)
+
     def printer(self) -> Output:
         return Output(self.output or Format.TABLE, color=not self.no_color, quiet=self.quiet > 0)
 
@@ -157,12 +175,11 @@ class Settings:
         return steps[max(0, min(len(steps) - 1, steps.index(normal) - self.verbose + self.quiet))]
 
 
-def _global_options(*, environment: bool) -> list[inspect.Parameter]:
-    """The parameters behind `Settings`. The environment counts once, for those before the command's name."""
+def _global_options() -> list[inspect.Parameter]:
+    """The parameters behind `Settings`."""
 
-    def option(name: str, kind: Any, default: Any, *names: str, variable: str | None = None, **more: Any) -> Any:
-        envvar = variable if environment else None
-        info = typer.Option(*names, envvar=envvar, show_envvar=False, rich_help_panel="Global options", **more)
+    def option(name: str, kind: Any, default: Any, *names: str, **more: Any) -> Any:
+        info = typer.Option(*names, rich_help_panel="Global options", **more)
         return inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
         )
@@ -183,8 +200,8 @@ def _global_options(*, environment: bool) -> list[inspect.Parameter]:
             None,
             "--schema",
             metavar="NAME",
-            help="The schema with pgqueue's tables (SQLite: their prefix). Otherwise the app's, or PGQUEUE_SCHEMA, or "
-            f"{DEFAULT_SCHEMA}.",
+            help="The schema with pgqueue's tables (SQLite: their prefix). Otherwise the app's, or that of "
+            f"PGQUEUE_SCHEMA or pgqueue.toml, or {DEFAULT_SCHEMA}.",
         ),
         option(
             "app",
@@ -192,8 +209,7 @@ def _global_options(*, environment: bool) -> list[inspect.Parameter]:
             None,
             "--app",
             metavar="APP",
-            variable="PGQUEUE_APP",
-            help="The application's queue, such as myapp.jobs:pgq; also from PGQUEUE_APP.",
+            help="The application's queue, such as myapp.jobs:pgq; also from PGQUEUE_APP or pgqueue.toml.",
         ),
         option(
             "output",
@@ -225,11 +241,11 @@ def command(
         @functools.wraps(function)
         def run(context: typer.Context, **values: Any) -> None:
             given = Settings(**{field.name: values.pop(field.name) for field in dataclasses.fields(Settings)})
-            settings = context.find_root().obj.overridden(given)
+            settings = context.find_root().obj.overridden(given).with_app()
             with logging_to_stderr(settings.level(log_level), settings.level(logging.WARNING)):
                 function(settings, **values)
 
-        _declare(run, [*own, *_global_options(environment=False)])
+        _declare(run, [*own, *_global_options()])
         group.command(name)(run)
         return function
 
@@ -257,7 +273,8 @@ def program(context: typer.Context, *, version: bool, **values: Any) -> None:
       2. the one that the app (--app) gave to its PgQueue
       3. the one of the variable PGQUEUE_DATABASE_URL
       4. the one of the variable DATABASE_URL
-      5. the SQLite file pgqueue.db in the working directory; only this one,
+      5. database_url of pgqueue.toml, or of [tool.pgqueue] in pyproject.toml
+      6. the SQLite file pgqueue.db in the working directory; only this one,
          which nobody named, is created and upgraded by itself
 
     Exit codes: 0 ok, 1 failure, 2 usage, 3 not found, 4 conflict,
@@ -282,7 +299,7 @@ def _declare_program() -> None:
             bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
         ],
     )
-    _declare(program, [version, *_global_options(environment=True)])
+    _declare(program, [version, *_global_options()])
     app.callback()(program)
 
 

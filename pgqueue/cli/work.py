@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pgqueue.cli.opening import Before, opened, schema_of
+from pgqueue.cli.opening import Before, opened
 from pgqueue.cli.parameters import duration_option
 from pgqueue.cli.program import FAILURE, Settings, app, command
 from pgqueue.client import PgQueue
@@ -21,11 +21,11 @@ from pgqueue.config import (
     LOCAL_URL,
     WorkerConfig,
     parse_queues,
-    url_from_environment,
 )
 from pgqueue.engine import describe_url, parse_url
 from pgqueue.errors import ConfigurationError
 from pgqueue.output import Format
+from pgqueue.settings import Sources, worker_config
 from pgqueue.supervisor import DRAINED_WITH_DEAD, SUPERVISED_VARIABLE, Supervisor, run_worker
 from pgqueue.worker import Worker
 
@@ -40,7 +40,7 @@ def worker_command(
     settings: Settings,
     application: Annotated[
         str | None,
-        typer.Argument(metavar="APP", help="Where the tasks are, such as myapp.jobs:pgq; also from PGQUEUE_APP."),
+        typer.Argument(metavar="APP", help="Where the tasks are, such as myapp.jobs:pgq; also PGQUEUE_APP."),
     ] = None,
     queue: Annotated[
         list[str] | None,
@@ -52,13 +52,25 @@ def worker_command(
         ),
     ] = None,
     concurrency: Annotated[
-        int,
-        typer.Option("--concurrency", metavar="N", help="Jobs at once of a queue that is named without a number."),
-    ] = DEFAULT_CONCURRENCY,
+        int | None,
+        typer.Option(
+            "--concurrency",
+            metavar="N",
+            show_default=str(DEFAULT_CONCURRENCY),
+            help="Jobs at once of a queue that is named without a number.",
+        ),
+    ] = None,
     processes: Annotated[
-        int,
-        typer.Option("--processes", metavar="N", min=1, max=1000, help="Worker processes, each with that concurrency."),
-    ] = 1,
+        int | None,
+        typer.Option(
+            "--processes",
+            metavar="N",
+            min=1,
+            max=1000,
+            show_default="1",
+            help="Worker processes, each with that concurrency.",
+        ),
+    ] = None,
     lease: Annotated[
         float | None,
         duration_option(
@@ -104,15 +116,30 @@ def worker_command(
             help="Jobs claimed ahead of those that run, a queue.",
         ),
     ] = None,
-    no_listen: Annotated[
-        bool, typer.Option("--no-listen", help="Only poll: for a connection pooler in transaction mode.")
-    ] = False,
-    no_schedules: Annotated[
-        bool, typer.Option("--no-schedules", help="Leave what schedules say to other workers.")
-    ] = False,
+    listen: Annotated[
+        bool | None,
+        typer.Option(
+            "--listen/--no-listen",
+            show_default="listen",
+            help="Be woken by LISTEN, or only poll: for a connection pooler in transaction mode.",
+        ),
+    ] = None,
+    schedules: Annotated[
+        bool | None,
+        typer.Option(
+            "--schedules/--no-schedules",
+            show_default="schedules",
+            help="Enqueue what schedules say, or leave it to other workers.",
+        ),
+    ] = None,
     drain: Annotated[
-        bool, typer.Option("--drain", help="Exit when the queues are empty; leaves schedules to other workers.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--drain/--no-drain",
+            show_default="no-drain",
+            help="Exit when the queues are empty; leaves schedules to other workers.",
+        ),
+    ] = None,
     max_jobs: Annotated[
         int | None,
         typer.Option(
@@ -145,33 +172,41 @@ def worker_command(
     if application is not None:
         settings = dataclasses.replace(settings, app=application)
     if settings.app is None:
-        raise ConfigurationError("which app? Name it, such as: pgqueue worker myapp.jobs:pgq (or set PGQUEUE_APP)")
+        raise ConfigurationError(
+            "which app? Name it, such as: pgqueue worker myapp.jobs:pgq (or set PGQUEUE_APP, or app in pgqueue.toml)"
+        )
     supervised = os.environ.pop(SUPERVISED_VARIABLE, None) is not None
     child_url = os.environ.pop(CHILD_URL_VARIABLE, None)
     if supervised and child_url is not None:
         settings = dataclasses.replace(settings, database_url=child_url)
     given: dict[str, Any] = {
+        "queues": parse_queues(queue, None) if queue else None,
+        "concurrency": concurrency,
+        "processes": processes,
         "lease": lease,
         "heartbeat_interval": heartbeat,
         "poll_interval": poll_interval,
         "sweep_interval": sweep_interval,
         "shutdown_timeout": shutdown_timeout,
         "prefetch": prefetch,
+        "listen": listen,
+        "schedules": schedules,
+        "drain": drain,
         "max_jobs": max_jobs,
         "name": name,
     }
+    sources = Sources()
+    for misspelled in sources.misspelled():
+        settings.printer().note(f"note: {misspelled}")
     with opened(settings, Before.CREATE) as pgq:
-        config = WorkerConfig(
-            queues=parse_queues(queue, concurrency) if queue else _queues_of(pgq, concurrency),
-            listen=not no_listen,
-            schedules=not no_schedules,
-            drain=drain,
-            **{key: value for key, value in given.items() if value is not None},
-        )
+        found = sources.find_all(given)
+        config = worker_config(found, _queues_of(pgq))
+        processes = found["processes"].value
+        assert processes is not None
         worker = Worker(pgq, config)  # also when others are to work: it says what is wrong
         if processes == 1:
             stopped = run_worker(worker, supervised=supervised)
-            if drain and worker.report.dead and not stopped:
+            if config.drain and worker.report.dead and not stopped:
                 raise typer.Exit(DRAINED_WITH_DEAD)
             return
         pgq.dispose()
@@ -180,13 +215,12 @@ def worker_command(
             environ[CHILD_URL_VARIABLE] = settings.database_url
         elif pgq.url == parse_url(LOCAL_URL):
             environ[CHILD_URL_VARIABLE] = LOCAL_URL  # announced, created and upgraded by now
-        supervisor = Supervisor(_child_command(settings, config), processes, environ=environ, drain=drain)
+        supervisor = Supervisor(_child_command(settings, config), processes, environ=environ, drain=config.drain)
     raise typer.Exit(supervisor.run())
 
 
-def _queues_of(pgq: PgQueue, concurrency: int) -> dict[str, int]:
-    named = {task.definition.queue for task in pgq.tasks.values() if not task.external}
-    return dict.fromkeys(sorted(named) or [DEFAULT_QUEUE], concurrency)
+def _queues_of(pgq: PgQueue) -> list[str]:
+    return sorted({task.definition.queue for task in pgq.tasks.values() if not task.external}) or [DEFAULT_QUEUE]
 
 
 def _child_command(settings: Settings, config: WorkerConfig) -> list[str]:
@@ -200,20 +234,21 @@ def _child_command(settings: Settings, config: WorkerConfig) -> list[str]:
         "--shutdown-timeout": config.shutdown_timeout,
         "--prefetch": config.prefetch,
         "--max-jobs": config.max_jobs,
+        "--processes": 1,
         "--name": config.name,
         "--schema": settings.schema,
         "--log-level": logging.getLevelName(settings.level(logging.INFO)).lower(),
     }
-    flags = {
-        "--no-listen": not config.listen,
-        "--no-schedules": not config.schedules,
-        "--drain": config.drain,
-        "--quiet": settings.quiet > 0,
-    }
+    flags = [
+        "--listen" if config.listen else "--no-listen",
+        "--schedules" if config.schedules else "--no-schedules",
+        "--drain" if config.drain else "--no-drain",
+        *(["--quiet"] if settings.quiet else []),
+    ]
     return [
         *(sys.executable, "-m", "pgqueue", "worker", str(settings.app)),
         *(f"{name}={value}" for name, value in options.items() if value is not None),
-        *(name for name, wanted in flags.items() if wanted),
+        *flags,
     ]
 
 
@@ -241,12 +276,12 @@ def demo(
     from pgqueue.demo import run_demo  # other commands need not load it
 
     output = settings.printer()
-    url = settings.database_url if settings.database_url is not None else url_from_environment()
+    url = Sources().find("database_url", settings.database_url).value
     output.note(f"the demo runs on {'a temporary SQLite file' if url is None else describe_url(parse_url(url))}")
     report = run_demo(
         directory,
         url,
-        schema=schema_of(settings),
+        schema=Sources().find("schema", settings.schema).value,
         workers=workers,
         kill=kill,
         console=output.console(sys.stderr),
@@ -281,10 +316,15 @@ def bench(
     from pgqueue.bench import run_bench  # other commands need not load it
 
     output = settings.printer()
-    url = settings.database_url if settings.database_url is not None else url_from_environment()
+    url = Sources().find("database_url", settings.database_url).value
     with output.progress("rounds measured", total=rounds) as advance:
         report = run_bench(
-            url, schema=schema_of(settings), jobs=jobs, rounds=rounds, listen=not no_listen, measured=advance
+            url,
+            schema=Sources().find("schema", settings.schema).value,
+            jobs=jobs,
+            rounds=rounds,
+            listen=not no_listen,
+            measured=advance,
         )
     record, columns = dataclasses.asdict(report), ("measure", "unit", "median", "lowest", "highest")
     if output.format is Format.TABLE:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pgqueue import ConfigurationError, WorkerConfig
-from pgqueue.config import DEFAULT_CONCURRENCY, checked_lease, checked_schema, parse_queues, url_from_environment
+from pgqueue.config import DEFAULT_CONCURRENCY, checked_lease, checked_schema, parse_queues
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_lease_of_half_a_second_or_more_is_taken(seconds: float) -> None:
     ],
 )
 def test_queues_are_named_with_or_without_a_concurrency(specifications: list[str], queues: dict[str, int]) -> None:
-    assert parse_queues(specifications) == queues
+    assert parse_queues(specifications, DEFAULT_CONCURRENCY) == queues
 
 
 @pytest.mark.parametrize(
@@ -99,12 +99,12 @@ def test_queues_are_named_with_or_without_a_concurrency(specifications: list[str
 )
 def test_a_queue_that_cannot_be_read_is_refused(specification: str, rule: str) -> None:
     with pytest.raises(ConfigurationError) as refused:
-        parse_queues([specification])
+        parse_queues([specification], 1)
 
     assert rule in str(refused.value)
 
 
-# Schemas and URLs ------------------------------------------------------------------------------------------
+# Schemas -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["pgqueue", "tenant_1", "_q", "a" * 48])
@@ -118,16 +118,3 @@ def test_a_plain_schema_name_is_taken(name: str) -> None:
 def test_a_schema_name_that_would_need_quoting_is_refused(name: Any) -> None:
     with pytest.raises(ConfigurationError, match="schema must be at most 48 lower-case letters"):
         checked_schema(name)
-
-
-@pytest.mark.parametrize(
-    ("environ", "url"),
-    [
-        ({}, None),
-        ({"DATABASE_URL": "b"}, "b"),
-        ({"PGQUEUE_DATABASE_URL": "a", "DATABASE_URL": "b"}, "a"),
-        ({"PGQUEUE_DATABASE_URL": "", "DATABASE_URL": "b"}, "b"),
-    ],
-)
-def test_the_environment_names_the_database(environ: dict[str, str], url: str | None) -> None:
-    assert url_from_environment(environ) == url

@@ -46,6 +46,7 @@ def test_the_commands_are_those_of_the_specification() -> None:
         *("schedules enable", "schedules disable", "schedules run", "schedules delete"),
         "stats",
         "prune",
+        "config",
         *("db", "db upgrade", "db downgrade", "db current", "db check", "db sql", "db path"),
         "bench",
         "demo",
@@ -72,8 +73,8 @@ def test_every_command_has_help_and_explains_every_option(path: tuple[str, ...])
 def test_help_of_the_program_states_where_the_database_comes_from_and_every_exit_code() -> None:
     page = words(pgqueue("--help").stdout)
 
-    places = ["--database-url", "the app (--app)", "PGQUEUE_DATABASE_URL", "DATABASE_URL", "pgqueue.db"]
-    positions = [page.index(f"{number}. ") for number in range(1, 6)]
+    places = ["--database-url", "the app (--app)", "PGQUEUE_DATABASE_URL", "DATABASE_URL", "pgqueue.toml", "pgqueue.db"]
+    positions = [page.index(f"{number}. ") for number in range(1, 7)]
     assert positions == sorted(positions)
     for number, place in enumerate(places, start=1):
         assert place in page[positions[number - 1] :].split(f"{number + 1}. ")[0]

@@ -240,7 +240,9 @@ def test_every_command_and_its_options_are_described() -> None:
     assert described == set(commands)
     for row in table:
         name = row[0].strip("`").removeprefix("pgqueue ")
-        options = {option for parameter in commands[name].params for option in parameter.opts}
+        options = {
+            option for parameter in commands[name].params for option in (*parameter.opts, *parameter.secondary_opts)
+        }
         assert set(re.findall(r"(?<![\w-])--[a-z-]+", " ".join(row[1:]))) <= options, name
 
 
