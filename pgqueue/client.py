@@ -331,7 +331,8 @@ class PgQueue:
         pending jobs waiting for the old name.
         queue, priority: where its jobs go, unless `using(…)` says otherwise.
         retry: what happens after a failed attempt; a `Retry`.
-        timeout: seconds an attempt of an `async def` task may take.
+        timeout: seconds an attempt may take. Then an `async def` task is cancelled, and in the thread of a `def` task
+        a TimeoutError is raised at its next bytecode: one that is stuck in C code keeps its slot until that returns.
         unique: which of its jobs count as the same, so that there is one of them at a time; a `Unique`.
         expires_in: how long (seconds or a timedelta) a job is worth starting, counted from when it is due. One that was
         not started by then is dead, reason "expired".

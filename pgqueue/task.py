@@ -78,16 +78,8 @@ class TaskDefinition:
         checked_name("queue", self.queue)
         checked_priority(self.priority)
         is_async = inspect.iscoroutinefunction(self.function)
-        if self.timeout is not None:
-            if not self.timeout > 0:
-                raise ConfigurationError(
-                    f"timeout of task {self.name!r} must be more than 0 seconds, got {self.timeout!r}"
-                )
-            if not is_async:
-                raise ConfigurationError(
-                    f"timeout of task {self.name!r}: only an `async def` task can be stopped at a timeout; "
-                    "a running thread cannot. Make the function `async def` or leave the timeout away"
-                )
+        if self.timeout is not None and not self.timeout > 0:
+            raise ConfigurationError(f"timeout of task {self.name!r} must be more than 0 seconds, got {self.timeout!r}")
         object.__setattr__(self, "is_async", is_async)
         adapter, parameters = _read_signature(self)
         object.__setattr__(self, "payload_adapter", adapter)

@@ -36,6 +36,7 @@ from sqlalchemy.orm import Session
 from pgqueue import expiry, limits, migration, retention, store, uniqueness
 from pgqueue.client import PgQueue
 from pgqueue.config import WorkerConfig
+from pgqueue.deadlines import Deadlines
 from pgqueue.dialect import POSTGRESQL
 from pgqueue.engine import (
     committing_each,
@@ -50,7 +51,7 @@ from pgqueue.engine import (
 )
 from pgqueue.errors import ConfigurationError, IllegalTransition
 from pgqueue.events import DELIVER_SECONDS, EventName, event_of, events_of, events_of_expired, events_of_swept
-from pgqueue.executor import cancelled_itself, execute, execute_async, outcome_of
+from pgqueue.executor import cancelled_itself, execute, execute_async, outcome_of, timed_out
 from pgqueue.job import (
     ASKED_TO_STOP,
     Cancelled,
@@ -219,6 +220,7 @@ class Worker:
         self._drain_wait = DRAIN_SECONDS_MIN
         self._async_jobs: dict[ClaimedJob, asyncio.Task[Any]] = {}
         self._async_stopped: dict[ClaimedJob, Outcome] = {}  # of those, the ones that this worker cancelled, and why
+        self._deadlines = Deadlines()
         self._task_loop: TaskLoop | None = None
         self._async_engine: AsyncEngine | None = None
         self._slots = {
@@ -384,6 +386,7 @@ class Worker:
             thread.stop()
         for thread in ending:
             thread.join(ABORT_SECONDS)
+        self._deadlines.stop()
         if written:
             self._leave()
 
@@ -642,9 +645,23 @@ class Worker:
     def run_sync(self, job: ClaimedJob) -> None:
         """Run a `def` task in this thread, to its end in the finisher's hands."""
         definition = self._definitions[job.task]
-        outcome = self._run_transactional(definition, job) if definition.transactional else execute(definition, job)
+        outcome = (
+            self._run_transactional(definition, job) if definition.transactional else self._execute(definition, job)
+        )
         if outcome is not None:
             self._finish(job, outcome)
+
+    def _execute(self, definition: TaskDefinition, job: ClaimedJob, *leading: Any) -> Outcome | None:
+        """Run the function of a `def` task. None when its time was over before: then its end is written already."""
+        if definition.timeout is None:
+            return execute(definition, job, *leading)
+        late = timed_out(definition.retry, definition.timeout)
+        return self._deadlines.run(
+            job,
+            definition.timeout,
+            lambda: execute(definition, job, *leading),
+            expired=lambda: self._finish(job, late),
+        )
 
     async def run_async(self, job: ClaimedJob) -> None:
         """Likewise an `async def` task, in this asyncio task."""
@@ -688,7 +705,10 @@ class Worker:
         try:
             with connection, Session(connection, expire_on_commit=False) as session:
                 guard = _CommitGuard(session, connection, definition)
-                outcome = execute(definition, job, session)
+                outcome = self._execute(definition, job, session)
+                if outcome is None:
+                    connection.invalidate()  # the timeout may have struck anywhere in the driver
+                    return None
                 if not isinstance(outcome, Completed):
                     session.rollback()
                     return outcome

@@ -253,7 +253,6 @@ def test_a_type_that_json_cannot_carry_is_refused_when_the_task_is_made() -> Non
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"timeout": 5.0}, "only an `async def` task can be stopped at a timeout"),
         ({"priority": 40000}, "priority must be a whole number between -32768 and 32767, got 40000"),
         ({"priority": True}, "priority must be a whole number"),
         ({"queue": "a;b"}, "queue name must be 1 to 128 letters"),
