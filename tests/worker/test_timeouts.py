@@ -209,6 +209,7 @@ def test_the_exception_strikes_within_the_function_or_not_at_all(pgq: PgQueue) -
         ended["late" if late else "in time"] += 1
         assert result == (None if late else "done")
     spin(0.05)
+    clock.stop()
 
     assert min(ended.values()) > 50, ended
     assert len(set(expired)) == len(expired)
