@@ -190,7 +190,7 @@ def test_the_exception_strikes_within_the_function_or_not_at_all(pgq: PgQueue) -
 
     def function() -> str:
         try:
-            spin(0.001 * dice.uniform(0.7, 1.3))
+            spin(0.001 * dice.uniform(0.5, 2.0))
         except AttemptTimeout:
             return "stopped"
         return "done"
@@ -211,7 +211,7 @@ def test_the_exception_strikes_within_the_function_or_not_at_all(pgq: PgQueue) -
     spin(0.05)
     clock.stop()
 
-    assert min(ended.values()) > 50, ended
+    assert min(ended.values()) > 0, ended
     assert len(set(expired)) == len(expired)
 
 
