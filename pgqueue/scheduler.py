@@ -29,8 +29,8 @@ LOOK_SECONDS = 5.0
 #: Schedules whose ticks are settled in one transaction.
 SCHEDULES_PER_PASS = 20
 
-#: When all that is due is locked by others, they are about to settle it.
-LOCKED_SECONDS = 0.2
+#: When all that is due is locked by others, they are about to settle it. Should it take them longer, the wait doubles.
+LOCKED_SECONDS_MIN, LOCKED_SECONDS_MAX = 0.1, 2.0
 
 #: A schedule that cannot be settled is left alone for so long.
 ASIDE_SECONDS = 30.0
@@ -62,6 +62,7 @@ class Scheduler:
         self._renew_at = 0.0
         self._prune_at = time.monotonic() + PRUNE_SECONDS
         self._aside: dict[str, float] = {}  # schedules that cannot be settled, and until when they are left alone
+        self._locked_wait = LOCKED_SECONDS_MIN
         self._told: dict[str, str] = {}  # and what was last said of them
 
     def step(self, connection: sa.Connection) -> float:
@@ -73,7 +74,11 @@ class Scheduler:
                 connection, self._tables, tasks=self._task_names, aside=list(self._aside)
             )
         if wait is not None and wait <= 0:
-            return 0.0 if self._settle(connection) else LOCKED_SECONDS
+            if self._settle(connection):
+                return 0.0
+            locked_wait, self._locked_wait = self._locked_wait, min(self._locked_wait * 2, LOCKED_SECONDS_MAX)
+            return locked_wait
+        self._locked_wait = LOCKED_SECONDS_MIN
         if time.monotonic() >= self._prune_at:
             self._prune(connection)
         return LOOK_SECONDS if wait is None else min(wait, LOOK_SECONDS)
@@ -82,14 +87,17 @@ class Scheduler:
         """Say what this worker's code declares, and then, now and then, that it still does."""
         if self._declared:
             with connection.begin():
-                changed = schedules.declare(
+                result = schedules.declare(
                     connection, self._tables, self._declared, starting=self._starting, actor=self._actor
                 )
-            if changed and self._starting:
+            if result.locked:
+                self._renew_at = time.monotonic() + LOOK_SECONDS
+                return
+            if self._starting and result.overridden:
                 logger.warning(
                     "schedules %s are not as the code declares them: somebody changed them since, and that counts; "
                     "delete them, and restart a worker, to have what the code says",
-                    ", ".join(changed),
+                    ", ".join(result.overridden),
                 )
         self._starting = False
         self._renew_at = time.monotonic() + schedules.RENEW_SECONDS

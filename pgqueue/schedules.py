@@ -11,7 +11,8 @@ workers can run side by side, and whichever stay in the end win.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache
 from typing import Any
@@ -179,25 +180,28 @@ def _delete_tick(tables: Tables) -> sa.Delete:
 # What code declares ----------------------------------------------------------------------------------------
 
 
+@dataclass(slots=True)
+class Declared:
+    """What became of a worker's declarations."""
+
+    overridden: list[str] = field(default_factory=list)  #: somebody changed these since; they stay so
+    locked: list[str] = field(default_factory=list)  #: somebody is at these; to be declared again soon
+
+
 def declare(
     connection: sa.Connection, tables: Tables, declared: Iterable[NewSchedule], *, starting: bool, actor: str
-) -> list[str]:
-    """Publish what a worker's code declares; the names of schedules that somebody changed since, which stay so.
+) -> Declared:
+    """Publish what a worker's code declares. Waits for nobody who changes a schedule just now.
 
     starting: the worker has just started, so its declarations count. Otherwise it only says that it is still there,
     and steps in for workers that declared something else and are gone.
     """
-    schedules = tables.schedules
     wanted = {schedule.name: schedule for schedule in declared}
-    found = connection.execute(
-        sa.select(*_columns(schedules), now().label("now")).where(
-            text_in(schedules.c.name, sa.bindparam("names", type_=TextArray()))
-        ),
-        {"names": sorted(wanted)},
-    ).all()
+    found = connection.execute(_standing(tables), {"names": sorted(wanted)}).all()
     standing = {row.name: _read(row) for row in found}
     moment: datetime = found[0].now if found else connection.execute(sa.select(now())).scalar_one()
-    changed = []
+    result = Declared()
+    changes: dict[str, dict[str, Any]] = {}
     for name, new in sorted(wanted.items()):
         row = standing.get(name)
         if row is None:
@@ -205,25 +209,44 @@ def declare(
                 _insert(connection, tables, new, moment, actor=BY_CODE, by_code=True)
         elif row.declared_seconds is None:
             if not _is_same(row, new):
-                changed.append(name)
+                result.overridden.append(name)
         elif _is_same(row, new):
             if row.declared_seconds > RENEW_SECONDS / 2:
-                _update_declared(connection, tables, name, {})
+                changes[name] = {}
         elif starting or row.declared_seconds > UNDECLARED_SECONDS:
-            values = {**_definition(new), **_next_tick(row, new, moment), "updated_at": now()}
-            if _update_declared(connection, tables, name, values):
+            changes[name] = {**_definition(new), **_next_tick(row, new, moment), "updated_at": now()}
+    if changes:
+        schedules = tables.schedules
+        free = set(connection.execute(_lock_declared(tables), {"names": sorted(changes)}).scalars())
+        for name in sorted(free):
+            values = changes[name]
+            connection.execute(sa.update(schedules).where(schedules.c.name == name).values(declared_at=now(), **values))
+            if values:
+                new = wanted[name]
                 _record(connection, tables, new, actor, f"changed by the code: {_describe(new)}")
-    return changed
+        result.locked = sorted(changes.keys() - free)
+    return result
 
 
-def _update_declared(connection: sa.Connection, tables: Tables, name: str, values: Mapping[str, Any]) -> bool:
+@cache
+def _standing(tables: Tables) -> sa.Select[Any]:
     schedules = tables.schedules
-    updated = connection.execute(
-        sa.update(schedules)
-        .where(schedules.c.name == name, schedules.c.declared_at.is_not(None))
-        .values(declared_at=now(), **values)
+    return sa.select(*_columns(schedules), now().label("now")).where(text_in(schedules.c.name, _NAMES))
+
+
+@cache
+def _lock_declared(tables: Tables) -> sa.Select[Any]:
+    """Those that still come from code, and that nobody has locked."""
+    schedules = tables.schedules
+    return (
+        sa.select(schedules.c.name)
+        .where(text_in(schedules.c.name, _NAMES), schedules.c.declared_at.is_not(None))
+        .order_by(schedules.c.name)
+        .with_for_update(skip_locked=True)
     )
-    return bool(updated.rowcount)
+
+
+_NAMES = sa.bindparam("names", type_=TextArray())
 
 
 # What people and applications do ---------------------------------------------------------------------------

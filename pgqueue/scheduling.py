@@ -182,7 +182,7 @@ class Schedules:
         """
         with self._in_transaction("schedules.run_now", session) as (target, connection):
             tables = self._pgq._tables_of(connection)
-            schedule = schedules.get(connection, tables, name)
+            schedule = schedules.get(connection, tables, name, lock=True)  # first, as a scheduler does
             result = enqueue(target, connection, tables, schedule, self._pgq.tasks)
             if result.inserted:
                 schedules.record_run(connection, tables, schedule, result.id, actor=who(actor), reason=why(reason))

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from pgqueue import Job, JobHandle, PgQueue, ReplayResult, Retry, Unique
+from pgqueue import Job, JobHandle, PgQueue, ReplayResult, Retry, Schedule, Unique
 
 pgq = PgQueue("sqlite://")
 
@@ -30,6 +30,29 @@ def once(file: str) -> None: ...
 
 @pgq.task(transactional=True)
 def transactional(session: Session, invoice_id: int) -> None: ...
+
+
+@pgq.cron("0 3 * * *", tz="Europe/Zurich", payload={"file": "a.jpg"})
+@pgq.task(queue="images")
+def nightly(file: str) -> int:
+    return len(file)
+
+
+@pgq.cron("0 * * * *", catchup="all", overlap=False)
+async def hourly(size: int = 1) -> None: ...
+
+
+def schedule(session: Session) -> Schedule:
+    nightly.enqueue(session, file="a.jpg")
+    nightly.enqueue(session, fiel="a.jpg")  # type: ignore[call-arg]
+    hourly.enqueue(session, size="one")  # type: ignore[arg-type]
+    pgq.cron("0 3 * * *")("nightly")  # type: ignore[call-overload]
+    return pgq.schedules.upsert(session, "tenant-1", cron="*/5 * * * *", task=nightly, payload={"file": "b.jpg"})
+
+
+async def schedule_async(session: AsyncSession) -> Schedule:
+    pgq.schedules.upsert(session, "tenant-1", cron="*/5 * * * *", task="nightly")  # type: ignore[arg-type]
+    return await pgq.schedules.upsert_async(session, "tenant-1", cron="*/5 * * * *", task="nightly")
 
 
 def enqueue(session: Session) -> JobHandle:

@@ -586,6 +586,26 @@ def test_in_a_rolling_deploy_the_worker_started_last_counts_and_those_that_stay_
     assert pgq.schedules.get("nightly").is_declared
 
 
+def test_a_worker_that_starts_waits_for_nobody_who_changes_a_schedule(pg: PgQueue) -> None:
+    task = pg.external_task("report")
+    pg.cron(NIGHTLY, name="nightly")(task)
+    Steps(pg).settle()
+    pg.declared_schedules.clear()
+    pg.cron("0 5 * * *", name="nightly")(task)
+    steps = Steps(pg, actor="worker-2")
+    stored = pg.tables.schedules
+    with pg.engine.begin() as other:
+        other.execute(sa.select(stored).with_for_update())
+
+        steps.step()
+        assert pg.schedules.get("nightly").cron == NIGHTLY
+
+    steps.scheduler._renew_at = 0.0  # as after LOOK_SECONDS
+    steps.step()
+
+    assert pg.schedules.get("nightly").cron == "0 5 * * *"
+
+
 def test_a_declaration_that_is_wrong_is_refused_where_it_is_made(pgq: PgQueue, report: Task[..., Any]) -> None:
     for expected, message, options in (
         (ConfigurationError, "Bad hour", {"expression": "0 25 * * *"}),
