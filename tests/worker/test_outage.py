@@ -103,7 +103,7 @@ def test_an_outage_is_logged_once_overcome_and_loses_nothing(
     with working(pg, queues={"default": 4}, heartbeat_interval=0.1, sweep_interval=0.1) as worker:
         wait_for(lambda: gate.inside == 3, "the jobs to run")
         outage.begin()
-        wait_for(lambda: met == {"claim", "heartbeat", "sweep"}, "the worker to meet the outage")
+        wait_for(lambda: met >= {"claim", "heartbeat", "sweep"}, "the worker to meet the outage")
         gate.open()
         wait_for(lambda: "finish" in met, "the ends of the jobs to meet it")
         outage.end()
@@ -280,7 +280,7 @@ def test_a_file_that_is_locked_for_long_is_an_outage_that_is_overcome(
     with working(pgq, heartbeat_interval=0.1, sweep_interval=0.1) as worker:
         wait_for(lambda: gate.inside, "the job to run")
         with locked(sqlite_url):
-            wait_for(lambda: met == {"claim", "heartbeat", "sweep"}, "the worker to meet the lock")
+            wait_for(lambda: met >= {"claim", "heartbeat", "sweep"}, "the worker to meet the lock")
             gate.open()
             wait_for(lambda: "finish" in met, "the end of the job to meet it")
         job = wait_for_status(pgq, job_id, "completed")
