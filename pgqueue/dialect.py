@@ -355,11 +355,14 @@ def due(
     queue: sa.BindParameter[str],
     filters: sa.ColumnElement[bool],
     limit: sa.BindParameter[int],
+    *,
+    from_marks: bool = True,
 ) -> sa.Select[Any]:
     """The jobs to claim next in one queue: highest priority first, then longest due, then lowest id; locked.
 
-    PostgreSQL: lane by lane, as the parameter `lanes` names them, each from its mark on, and only what is due. So jobs
-    scheduled for later cost nothing, however many there are and however high their priority.
+    PostgreSQL: lane by lane, and only what is due. So jobs scheduled for later cost nothing, however many there are
+    and however high their priority. The parameter `lanes` names the lanes, each from its mark on; without `from_marks`
+    they are all that there are, from the front.
     """
     pending: sa.ColumnClause[str] = sa.literal_column("'pending'")
     if dialect_name == SQLITE:
@@ -375,13 +378,21 @@ def due(
             .order_by(jobs.c.priority.desc(), jobs.c.run_at, jobs.c.id)
             .limit(limit)
         )
-    lane = rows(
-        dialect_name,
-        "lanes",
-        sa.column("priority", sa.SmallInteger),
-        sa.column("run_at", sa.DateTime(timezone=True)),
-        sa.column("id", sa.BigInteger),
-    )
+    lane: sa.FromClause
+    if from_marks:
+        lane = rows(
+            dialect_name,
+            "lanes",
+            sa.column("priority", sa.SmallInteger),
+            sa.column("run_at", sa.DateTime(timezone=True)),
+            sa.column("id", sa.BigInteger),
+        )
+        filters = sa.and_(
+            sa.tuple_(jobs.c.run_at, jobs.c.id) > sa.tuple_(lane.c.run_at, lane.c.id),
+            filters,
+        )
+    else:
+        lane = lanes(jobs, queue).subquery("lane")
     found = (
         sa.select(*columns)
         .where(
@@ -390,7 +401,6 @@ def due(
             jobs.c.status == pending,
             jobs.c.waits_for.is_(None),
             jobs.c.run_at <= now(),
-            sa.tuple_(jobs.c.run_at, jobs.c.id) > sa.tuple_(lane.c.run_at, lane.c.id),
             filters,
         )
         .order_by(jobs.c.run_at, jobs.c.id)

@@ -58,6 +58,9 @@ ROUNDS_MAX = 8
 #: The most slots that one claim finds free, and jobs it lets go when limits were lifted.
 FREED_JOBS_MAX = 1_000
 
+#: With so many slots to offer, it is asked first whether anybody waits for one.
+SLOTS_MANY = 20
+
 #: The most buckets whose next token one claim hands on.
 RIPE_BUCKETS_MAX = 200
 
@@ -137,7 +140,7 @@ def claim(
         return LimitedClaim(kept=False)
     _offer_freed(connection, tables, gates)
     _let_go(connection, tables, gates)
-    _offer_tokens(connection, tables, gates)
+    tokens_come = [_offer_tokens(connection, tables, gates)]
     claimed: list[ClaimedJob] = []
     promoting = gates.queue is not None and gates.queue.promote_after is not None
     for _ in range(ROUNDS_MAX):
@@ -151,17 +154,11 @@ def claim(
             flush=flush,
             waited=(gates.queue.promote_after or 0.0) if promoting and gates.queue else 0.0,
         )
-        decision = admit(
-            candidates,
-            want=want,
-            queue_name=queue,
-            queue=gates.queue,
-            tasks=gates.tasks,
-            in_use=_in_use(connection, tables, gates, candidates),
-        )
+        in_use = _in_use(connection, tables, gates, candidates)
+        decision = admit(candidates, want=want, queue_name=queue, queue=gates.queue, tasks=gates.tasks, in_use=in_use)
         claimed += _take(connection, tables, gates, decision, queue=queue, worker=worker, token=token, lease=lease)
         _set_aside(connection, tables, decision)
-        _spend(connection, tables, gates, decision)
+        tokens_come.append(_spend(connection, tables, gates, decision, in_use.tokens))
         if len(decision.admitted) + len(decision.waits) < len(candidates) or len(claimed) == limit:
             break  # it has what it wants, or what the queue's own limits allow
         if len(candidates) < want + LOOK_AHEAD:
@@ -170,7 +167,9 @@ def claim(
             promoting = False
     else:
         return LimitedClaim(claimed, again=True)
-    return LimitedClaim(claimed, next_token_seconds=_next_token_seconds(connection, tables, gates))
+    return LimitedClaim(
+        claimed, next_token_seconds=min((seconds for seconds in tokens_come if seconds is not None), default=None)
+    )
 
 
 def are_kept(connection: sa.Connection, tables: Tables, *, queue: str, tasks: Sequence[str] | None) -> bool:
@@ -270,7 +269,8 @@ def _offer(connection: sa.Connection, tables: Tables, freed: Sequence[Any], queu
             slots[row.task, WAITS_FOR_KEY + row.concurrency_key] += 1
         if row.ordering_key is not None and row.queue == queue:
             led.setdefault(row.ordering_key, []).append(row.id)
-    _offer_slots(connection, tables, slots)
+    if len(slots) < SLOTS_MANY or _anyone_waits(connection, tables, {task for task, _ in slots}):
+        _offer_slots(connection, tables, slots)
     if led:
         leaders = _leaders_of(connection, tables, queue, led)
         leading = set(connection.execute(_lead(tables), {"ids": sorted(leaders.values())}).scalars())
@@ -281,6 +281,13 @@ def _offer(connection: sa.Connection, tables: Tables, freed: Sequence[Any], queu
             connection.execute(
                 sa.update(jobs).where(id_among(jobs.c.id, IDS)).values(leads_order=sa.true()), {"ids": again}
             )
+
+
+def _anyone_waits(connection: sa.Connection, tables: Tables, tasks: Iterable[str]) -> bool:
+    jobs = tables.jobs
+    of_tasks = text_in(jobs.c.task, sa.bindparam("tasks", type_=TextArray()))
+    waits = sa.exists().where(of_tasks, jobs.c.waits_for.is_not(None), jobs.c.waits_for != WAITS_FOR_ORDER)
+    return bool(connection.execute(sa.select(waits), {"tasks": sorted(tasks)}).scalar_one())
 
 
 def _leaders_of(connection: sa.Connection, tables: Tables, queue: str, keys: Iterable[str]) -> dict[str, int]:
@@ -371,48 +378,65 @@ def _release(tables: Tables) -> sa.Update:
 # Tokens ----------------------------------------------------------------------------------------------------
 
 
-def _offer_tokens(connection: sa.Connection, tables: Tables, gates: _Gates) -> None:
-    """Where a token has come that jobs wait for, let as many of these be judged again."""
+def _offer_tokens(connection: sa.Connection, tables: Tables, gates: _Gates) -> float | None:
+    """Where a token has come that jobs wait for, let as many of these be judged again; seconds until the next one
+    that is still to come."""
     rates = gates.rates
-    rated = [name for scope, name in rates if scope == "task"]
-    if not rated:
-        return
-    buckets = tables.rate_buckets
-    ripe = connection.execute(_ripe(tables), {"names": rated}).all()
-    if not ripe:
-        return
-    wanted = {}
-    for row in ripe:
-        tokens = _tokens(row.tokens, row.seconds, *rates["task", row.name])
-        wanted[row.name, WAITS_FOR_RATE + row.key] = max(1, min(int(tokens), FREED_JOBS_MAX))
-    found = _offer_slots(connection, tables, wanted)
-    settled = [
-        {"name": row.name, "key": row.key}
-        for row in ripe
-        if found[row.name, row.key] < wanted[row.name, WAITS_FOR_RATE + row.key]
-    ]
-    if settled:
-        rows = dialect.rows(tables.dialect_name, "settled", sa.column("name", sa.Text), sa.column("key", sa.Text))
-        connection.execute(
-            sa.update(buckets)
-            .where(buckets.c.scope == TASK, buckets.c.name == rows.c.name, buckets.c.key == rows.c.key)
-            .values(ripe_at=sa.null()),
-            {"settled": json.dumps(settled)},
-        )
+    if not rates:
+        return None
+    tasks = [name for scope, name in rates if scope == "task"]
+    awaited = connection.execute(_awaited(tables), {"tasks": tasks, "of_queue": gates.queue_name}).all()
+    ripe = [row for row in awaited if row.overdue >= 0 and row.scope == "task"]
+    if ripe:
+        wanted = {}
+        for row in ripe:
+            tokens = _tokens(row.tokens, row.seconds, *rates["task", row.name])
+            wanted[row.name, WAITS_FOR_RATE + row.key] = max(1, min(int(tokens), FREED_JOBS_MAX))
+        found = _offer_slots(connection, tables, wanted)
+        settled = [
+            {"name": row.name, "key": row.key}
+            for row in ripe
+            if found[row.name, row.key] < wanted[row.name, WAITS_FOR_RATE + row.key]
+        ]
+        if settled:
+            connection.execute(_settle(tables), {"settled": json.dumps(settled)})
+    return next((-row.overdue for row in awaited if row.overdue < 0), None)
 
 
 @cache
-def _ripe(tables: Tables) -> sa.Select[Any]:
+def _awaited(tables: Tables) -> sa.Select[Any]:
+    """Buckets that jobs wait for, by when their next token comes."""
     buckets = tables.rate_buckets
     return (
-        sa.select(buckets.c.name, buckets.c.key, buckets.c.tokens, seconds_since(buckets.c.filled_at).label("seconds"))
-        .where(
-            buckets.c.scope == TASK,
-            text_in(buckets.c.name, sa.bindparam("names", type_=TextArray())),
-            buckets.c.ripe_at <= now(),
+        sa.select(
+            buckets.c.scope,
+            buckets.c.name,
+            buckets.c.key,
+            buckets.c.tokens,
+            seconds_since(buckets.c.filled_at).label("seconds"),
+            seconds_since(buckets.c.ripe_at).label("overdue"),
         )
-        .order_by(buckets.c.name, buckets.c.ripe_at)
+        .where(
+            sa.or_(
+                sa.and_(buckets.c.scope == TASK, text_in(buckets.c.name, sa.bindparam("tasks", type_=TextArray()))),
+                sa.and_(buckets.c.scope == QUEUE, buckets.c.name == sa.bindparam("of_queue", type_=sa.Text())),
+            ),
+            buckets.c.ripe_at.is_not(None),
+        )
+        .order_by(buckets.c.ripe_at)
         .limit(RIPE_BUCKETS_MAX)
+    )
+
+
+@cache
+def _settle(tables: Tables) -> sa.Update:
+    """Nothing waits for these buckets any more."""
+    buckets = tables.rate_buckets
+    rows = dialect.rows(tables.dialect_name, "settled", sa.column("name", sa.Text), sa.column("key", sa.Text))
+    return (
+        sa.update(buckets)
+        .where(buckets.c.scope == TASK, buckets.c.name == rows.c.name, buckets.c.key == rows.c.key)
+        .values(ripe_at=sa.null())
     )
 
 
@@ -422,42 +446,20 @@ def _tokens(left: float, seconds: float, rate: float, burst: int) -> float:
     return min(float(burst), left + max(0.0, seconds) * rate)
 
 
-def _next_token_seconds(connection: sa.Connection, tables: Tables, gates: _Gates) -> float | None:
-    rates = gates.rates
-    if not rates:
-        return None
-    names = {f"{scope}s": [name for of, name in rates if of == scope] for scope in ("task", "queue")}
-    seconds: float | None = connection.execute(_next_ripe(tables), names).scalar_one()
-    return None if seconds is None else max(0.0, -seconds)
-
-
-@cache
-def _next_ripe(tables: Tables) -> sa.Select[Any]:
-    """The first bucket whose token is still to come: those whose token has come were looked at."""
-    buckets = tables.rate_buckets
-
-    def named(scope: sa.ColumnClause[str], parameter: str) -> sa.ColumnElement[bool]:
-        names = sa.bindparam(parameter, type_=TextArray())
-        return sa.and_(buckets.c.scope == scope, text_in(buckets.c.name, names), buckets.c.ripe_at > now())
-
-    return sa.select(seconds_since(sa.func.min(buckets.c.ripe_at))).where(
-        sa.or_(named(TASK, "tasks"), named(QUEUE, "queues"))
-    )
-
-
-def _spend(connection: sa.Connection, tables: Tables, gates: _Gates, decision: Admission) -> None:
-    """Take the tokens that the admitted jobs cost, and say when the next one comes where jobs wait for one."""
-    touched = sorted({*decision.spent, *decision.wanting})
-    if not touched:
-        return
-    have = _tokens_of(connection, tables, touched, gates.rates)
-    rows = []
-    for bucket in touched:
+def _spend(
+    connection: sa.Connection, tables: Tables, gates: _Gates, decision: Admission, have: Mapping[Bucket, float]
+) -> float | None:
+    """Take the tokens that the admitted jobs cost; seconds until the next one that jobs wait for."""
+    rows: list[dict[str, Any]] = []
+    for bucket in sorted({*decision.spent, *decision.wanting}):
         rate, burst = gates.rates[bucket[:2]]
         left = have.get(bucket, float(burst)) - decision.spent.get(bucket, 0)
         ripe = max(0.0, 1.0 - left) / rate if bucket in decision.wanting else None
         rows.append({"scope": bucket[0], "name": bucket[1], "key": bucket[2], "tokens": left, "ripe": ripe})
+    if not rows:
+        return None
     connection.execute(_put_tokens(tables), {"buckets": json.dumps(rows)})
+    return min((row["ripe"] for row in rows if row["ripe"] is not None), default=None)
 
 
 def _tokens_of(
@@ -535,9 +537,6 @@ def _due(
     parameters: dict[str, Any] = {"of_queue": gates.queue_name, "limit": limit, "waited": waited}
     if tasks is not None:
         parameters["tasks"] = list(tasks)
-    if tables.dialect_name == dialect.POSTGRESQL:
-        lanes, _ = store.lanes(connection, tables, queue=gates.queue_name)
-        parameters["lanes"] = store.lanes_document([(priority, None, 0) for priority in lanes])
     rows = connection.execute(_due_jobs(tables, tasks is not None, flush), parameters)
     found = {row.id: Candidate(row.id, row.task, row.concurrency_key, row.ordering_key, row.rate_key) for row in rows}
     return list(found.values())
@@ -558,6 +557,7 @@ def _due_jobs(tables: Tables, of_tasks: bool, flush: bool) -> sa.Select[Any]:
             store.claim_filters(tables, queue, of_tasks, flush), jobs.c.run_at <= dialect.seconds_from_now(-waited)
         ),
         sa.bindparam("limit", type_=sa.Integer()),
+        from_marks=False,
     )
 
 

@@ -243,8 +243,7 @@ def _jobs(metadata: sa.MetaData, prefix: str) -> sa.Table:
         _partial(prefix, "dead", "id", where="status = 'dead'"),
         _partial(prefix, "cancelled", "id", where="status = 'cancelled'"),
         # Limits: how many jobs hold a slot, which slots came free, and who is next. Jobs without limits are in none.
-        _partial(prefix, "slots_of_task", "task", "concurrency_key", where="slot = 'held' AND status = 'running'"),
-        _partial(prefix, "slots_of_queue", "queue", where="slot = 'held' AND status = 'running'"),
+        _partial(prefix, "slots", "task", "concurrency_key", where="slot = 'held' AND status = 'running'"),
         _partial(
             prefix,
             "freed",

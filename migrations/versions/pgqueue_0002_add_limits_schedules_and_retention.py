@@ -26,8 +26,7 @@ CLAIM_COLUMNS = ["queue", sa.text("priority DESC"), "run_at", "id"]
 
 #: Further indexes of jobs.
 INDEXES: list[tuple[str, list[Any], str]] = [
-    ("slots_of_task", ["task", "concurrency_key"], "slot = 'held' AND status = 'running'"),
-    ("slots_of_queue", ["queue"], "slot = 'held' AND status = 'running'"),
+    ("slots", ["task", "concurrency_key"], "slot = 'held' AND status = 'running'"),
     (
         "freed",
         ["id"],
