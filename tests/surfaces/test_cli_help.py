@@ -44,6 +44,7 @@ def test_the_commands_are_those_of_the_specification() -> None:
         *("queues", "queues list", "queues pause", "queues resume"),
         *("schedules", "schedules list", "schedules show", "schedules add"),
         *("schedules enable", "schedules disable", "schedules run", "schedules delete"),
+        *("limits", "limits list", "limits set", "limits reset"),
         "stats",
         "prune",
         "config",
