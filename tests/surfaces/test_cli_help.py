@@ -144,6 +144,7 @@ def test_every_error_of_pgqueue_has_an_exit_code_that_the_help_names() -> None:
         "DuplicateJob": 4,
         "IllegalTransition": 4,
         "ClaimLost": 4,
+        "QueueFull": 4,
         "DatabaseUnreachable": 5,
         "SchemaMissing": 6,
         "SchemaOutdated": 6,
