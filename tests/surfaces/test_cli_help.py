@@ -134,6 +134,9 @@ def test_every_error_of_pgqueue_has_an_exit_code_that_the_help_names() -> None:
     assert codes == {
         "PgqueueError": 1,
         "NotAwaited": 1,
+        "ResultTimeout": 1,
+        "JobFailed": 1,
+        "JobCancelled": 1,
         "ConfigurationError": 2,
         "InvalidTask": 2,
         "InvalidPayload": 2,
