@@ -4,10 +4,7 @@
 which database a command works on. The other modules have the commands.
 """
 
-from pgqueue.cli import config, db, enqueue, operate, schedules, serve, work
-from pgqueue.cli import db, enqueue, operate, schedules, serve, work
-from pgqueue.cli import db, enqueue, limits, operate, schedules, work
-from pgqueue.cli import db, enqueue, limits, operate, schedules, serve, work
+from pgqueue.cli import config, db, enqueue, limits, operate, schedules, serve, work
 from pgqueue.cli.program import EXIT_CODES, FAILURE, INTERRUPTED, app, main
 from pgqueue.supervisor import DRAINED_WITH_DEAD
 
