@@ -731,7 +731,7 @@ def _options(call: _Call, body: TaskBody, key: str | None) -> dict[str, Any]:
 
 def _fingerprint(body: TaskBody) -> str:
     """What tells two requests with the same Idempotency-Key apart."""
-    content = json.dumps(body.model_dump(mode="json", by_alias=True), sort_keys=True)
+    content = json.dumps(body.model_dump(warnings=False), sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
 
 

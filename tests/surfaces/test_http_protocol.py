@@ -207,6 +207,15 @@ def test_a_key_that_was_used_for_another_request_is_refused(caller: Caller, pgq:
     assert len(pgq.list_jobs()) == 1
 
 
+def test_a_repeated_request_with_every_option_is_known_again(caller: Caller) -> None:
+    options = {"executeAt": "2030-01-31T12:00:00Z", "priority": "high", "maxRetries": 1, "metadata": {"a": [1.5, None]}}
+    body, headers = {"type": "email", "payload": {"n": 10**20}, **options}, {"Idempotency-Key": "1"}
+
+    first, again = (caller.post("/task", body, status=202, headers=headers) for _ in range(2))
+
+    assert first["taskId"] == again["taskId"]
+
+
 @pytest.mark.parametrize("key", ["", "a b", "a" * 201, "caf\xe9"])
 def test_a_key_that_cannot_be_one_is_refused(refused: Caller, key: str) -> None:
     headers = [(b"Idempotency-Key", key.encode("latin-1"))]
