@@ -605,21 +605,25 @@ class _Service:
         body: FailBody = call.body
         job = self._pgq.get_claim(call.id, body.token)
         self._pgq.nack(job, error=body.error or "", delay=None if body.dead else body.delay, dead=body.dead)
-        retried = job.retries < job.max_retries and not body.dead
+        # A job that somebody had asked to stop is cancelled instead.
+        cancelled = self.status(job.id) == "cancelled"
+        retried = job.retries < job.max_retries and not body.dead and not cancelled
         retries = job.retries + retried
-        note = f"retry {retries}/{job.max_retries}" if retried else f"permanently after {job.attempt} attempts"
-        content = {
-            "id": str(job.id),
-            "status": "pending" if retried else "failed",
-            "retries": retries,
-            "maxRetries": job.max_retries,
+        status = "cancelled" if cancelled else "pending" if retried else "failed"
+        how = {
+            "cancelled": "cancelled as asked",
+            "pending": f"retry {retries}/{job.max_retries}",
+            "failed": f"permanently after {job.attempt} attempts",
         }
-        return _Answer(200, content, f"job {job.id} ({job.task}) failed, {note}")
+        content = {"id": str(job.id), "status": status, "retries": retries, "maxRetries": job.max_retries}
+        return _Answer(200, content, f"job {job.id} ({job.task}) failed, {how[status]}")
 
     def extend(self, call: _Call) -> _Answer:
         body: ExtendBody = call.body
-        self._pgq.extend(self._pgq.get_claim(call.id, body.token), lease=body.lease)
-        return _Answer(200, {"id": str(call.id), "lease": body.lease}, f"extended job {call.id}")
+        job = self._pgq.get_claim(call.id, body.token)
+        self._pgq.extend(job, lease=body.lease)
+        content = {"id": str(job.id), "lease": body.lease, "cancelRequested": job.cancel_requested}
+        return _Answer(200, content, f"extended job {job.id}")
 
     def dead(self, call: _Call) -> _Answer:
         query: DeadQuery = call.query

@@ -243,7 +243,10 @@ class Moved(_Answer):
 
 class Failed(_Answer):
     id: Id
-    status: Annotated[Literal["pending", "failed"], Field(description="pending: it will be retried.")]
+    status: Annotated[
+        Literal["pending", "failed", "cancelled"],
+        Field(description="pending: it will be retried; cancelled: somebody had asked it to stop."),
+    ]
     retries: int
     max_retries: int
 
@@ -251,6 +254,7 @@ class Failed(_Answer):
 class Extended(_Answer):
     id: Id
     lease: float
+    cancel_requested: Annotated[bool, Field(description="Somebody asks the job to stop: a /fail makes it cancelled.")]
 
 
 class Health(_Answer):

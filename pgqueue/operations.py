@@ -128,22 +128,8 @@ def get_claim(connection: sa.Connection, tables: Tables, job_id: int, token: uui
             f"the claim on job {job_id} was lost: its lease ran out and it was claimed again, or it was finished or "
             "cancelled"
         )
-    job, task, payload, priority, run_at, attempt, retries, max_retries, created_at, metadata = claimed
-    return ClaimedJob(
-        job,
-        queue,
-        task,
-        payload,
-        priority,
-        run_at,
-        attempt,
-        retries,
-        max_retries,
-        worker,
-        token,
-        created_at,
-        metadata,
-    )
+    (job,) = store.claimed_jobs([claimed], queue=queue, worker=worker, token=token)
+    return job
 
 
 @cache

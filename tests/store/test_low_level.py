@@ -30,7 +30,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from support import execute, rows
 
-from pgqueue import ClaimedJob, ClaimLost, ConfigurationError, InvalidPayload, PgQueue, WrongSession
+from pgqueue import ClaimedJob, ClaimLost, ConfigurationError, InvalidPayload, JobNotFound, PgQueue, WrongSession
 
 
 class Consumer:
@@ -764,3 +764,62 @@ def test_a_consumer_works_a_queue_to_its_end(consumer: Consumer) -> None:
     assert statuses(consumer.pgq) == {
         job_id: "completed" if number % 5 else "dead" for number, job_id in enumerate(ids)
     }
+
+
+# A consumer that keeps only ids and tokens -----------------------------------------------------------------
+
+
+def test_a_claim_may_be_of_some_tasks_only(consumer: Consumer) -> None:
+    for task in ("image", "email", "report"):
+        add(consumer.pgq, task=task)
+
+    claimed = consumer.claim(tasks=["email", "report"], limit=10)
+
+    assert [job.task for job in claimed] == ["email", "report"]
+    assert consumer.claim(tasks=[]) == []
+
+
+@pytest.mark.parametrize("tasks", ["email", [1], ["no name"], {"email"}])
+def test_tasks_that_are_no_names_are_refused(consumer: Consumer, tasks: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"task"):
+        consumer.claim(tasks=tasks)
+
+
+def test_a_claim_is_found_by_its_token(pgq: PgQueue) -> None:
+    add(pgq, priority=3, metadata={"trace": "x"})
+    (claimed,) = pgq.claim("consumer-1")
+
+    found = pgq.get_claim(claimed.id, claimed.claim_token)
+
+    names = [name for name in ClaimedJob.__dataclass_fields__ if name != "expires_in"]
+    assert [getattr(found, name) for name in names] == [getattr(claimed, name) for name in names]
+    pgq.ack(found, result=1)
+    assert statuses(pgq) == {claimed.id: "completed"}
+
+
+def test_a_claim_that_was_lost_is_not_found(pgq: PgQueue) -> None:
+    add(pgq)
+    (old,) = pgq.claim("consumer-1")
+    expire(pgq)
+    (new,) = pgq.claim("consumer-2")
+
+    with pytest.raises(ClaimLost, match=f"the claim on job {old.id} was lost"):
+        pgq.get_claim(old.id, old.claim_token)
+    pgq.ack(new)
+    with pytest.raises(ClaimLost):
+        pgq.get_claim(new.id, new.claim_token)
+
+
+@pytest.mark.parametrize("job_id", [999, -1, 2**70])
+def test_a_claim_on_no_job_is_not_found(pgq: PgQueue, job_id: int) -> None:
+    with pytest.raises(JobNotFound, match=f"there is no job {job_id}"):
+        pgq.get_claim(job_id, uuid.uuid4())
+
+
+def test_a_task_from_outside_of_the_program_need_not_be_registered(pgq: PgQueue) -> None:
+    task = pgq.external_task("from-outside", register=False, max_retries=1)
+
+    with pgq.begin() as connection:
+        job_id = task.enqueue(connection, anything=[1]).id
+
+    assert (pgq.get_job(job_id).max_retries, pgq.tasks, task.external) == (1, {}, True)

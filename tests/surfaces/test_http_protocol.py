@@ -445,9 +445,24 @@ def test_a_claim_that_is_extended_outlives_its_lease(caller: Caller, pgq: PgQueu
     answer = caller.post(f"/extend/{job_id}", {"lease": 60, "token": job["token"]})
 
     time.sleep(0.6)  # past the first lease
-    assert answer == {"id": job_id, "lease": 60.0}
+    assert answer == {"id": job_id, "lease": 60.0, "cancelRequested": False}
     assert caller.get("/dequeue", status=204) is None
     caller.post(f"/complete/{job_id}", {"token": job["token"]})
+
+
+def test_a_worker_that_extends_its_claim_hears_of_a_cancellation_and_gives_the_job_up(
+    caller: Caller, pgq: PgQueue
+) -> None:
+    job_id = caller.enqueue()
+    token = caller.dequeue()["token"]
+    pgq.cancel(int(job_id))
+
+    extended = caller.post(f"/extend/{job_id}", {"token": token})
+    failed = caller.post(f"/fail/{job_id}", {"error": "stopped", "token": token})
+
+    assert extended["cancelRequested"] is True
+    assert failed == {"id": job_id, "status": "cancelled", "retries": 0, "maxRetries": 3}
+    assert caller.get(f"/jobs/{job_id}")["status"] == "cancelled"
 
 
 @pytest.mark.parametrize("verb", ["complete", "fail", "extend"])
