@@ -63,6 +63,7 @@ from pgqueue.executor import current_job
 from pgqueue.handle import JobHandle
 from pgqueue.job import ClaimedJob, Job, JobStatus, OnConflict, ReplayResult
 from pgqueue.middleware import EnqueueRequest
+from pgqueue.reporting import progress
 from pgqueue.retry import Retry
 from pgqueue.unique import Unique
 from pgqueue.version import VERSION as __version__
@@ -120,4 +121,5 @@ __all__ = [
     "WrongSession",
     "__version__",
     "current_job",
+    "progress",
 ]

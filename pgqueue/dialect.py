@@ -190,6 +190,24 @@ def _(element: json_text, compiler: SQLCompiler, **kw: Any) -> str:
     return f"CASE WHEN json_valid({column}) THEN CAST({column} ->> {key} AS TEXT) END"
 
 
+class stamped(FunctionElement[Any]):
+    """A JSON object as text (an expression), for a JSON column, with the database's now as its `at`."""
+
+    type = JSONDocument
+    inherit_cache = True
+
+
+@compiles(stamped, POSTGRESQL)
+def _(element: stamped, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"(CAST({compiler.process(element.clauses, **kw)} AS jsonb) || jsonb_build_object('at', now()))"
+
+
+@compiles(stamped, SQLITE)
+def _(element: stamped, compiler: SQLCompiler, **kw: Any) -> str:
+    moment = "strftime('%Y-%m-%dT%H:%M:%f+00:00', 'now')"
+    return f"json_set({compiler.process(element.clauses, **kw)}, '$.at', {moment})"
+
+
 class _condition(FunctionElement[bool]):
     """Something that is true or false."""
 

@@ -93,6 +93,11 @@ class JobHandle:
         """Where the job stands. Raises JobNotFound."""
         return JobStatus(self.job().status)
 
+    def progress(self) -> dict[str, Any] | None:
+        """What the job's task last reported: done, total, note, and when (`at`); None: nothing yet. Raises
+        JobNotFound."""
+        return self.job().progress
+
     def _waiting(self, timeout: float | timedelta | None) -> Waiting:
         self._require_committed()
         # What was inserted in a transaction that is over is there, or will never be.

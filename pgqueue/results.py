@@ -1,4 +1,4 @@
-"""How jobs ended, for those who wait for it.
+"""How far jobs have come and how they ended, for those who wait for it.
 
 As in `store`: a function takes the connection first, works in the transaction it finds there, and never commits.
 """
@@ -6,16 +6,18 @@ As in `store`: a function takes the connection first, works in the transaction i
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
 
-from pgqueue.dialect import id_among
+from pgqueue import dialect
+from pgqueue.dialect import id_among, id_in, stamped
 from pgqueue.errors import ErrorInfo
 from pgqueue.job import JobStatus
+from pgqueue.reporting import Report
 from pgqueue.schema import Tables
 from pgqueue.store import COMPLETED, DEAD, IDS
 
@@ -59,3 +61,36 @@ def _error(document: str | None) -> ErrorInfo | None:
         return ErrorInfo(str(error["type"]), str(error["message"]), str(error.get("traceback") or ""))
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return ErrorInfo("", document)  # stored by somebody else
+
+
+def write_progress(
+    connection: sa.Connection, tables: Tables, reports: Sequence[Report], *, skip_locked: bool = False
+) -> set[int]:
+    """Store how far jobs have come, as long as their claims hold; the ids of those that were written.
+
+    skip_locked: leave out jobs that somebody else has locked, instead of waiting for them.
+    """
+    rows = [{"id": report.job_id, "token": report.claim_token.hex, "progress": report.document} for report in reports]
+    statement = _write_progress(tables, skip_locked)
+    return set(connection.execute(statement, {"reports": json.dumps(rows)}).scalars())
+
+
+@cache
+def _write_progress(tables: Tables, skip_locked: bool) -> Any:
+    jobs = tables.jobs
+
+    def rows() -> sa.FromClause:
+        columns = (sa.column("id", sa.BigInteger), sa.column("token", sa.Uuid), sa.column("progress", sa.Text))
+        return dialect.rows(tables.dialect_name, "reports", *columns)
+
+    reports = rows()
+    fence = [jobs.c.id == reports.c.id, jobs.c.claim_token == reports.c.token]
+    if skip_locked:
+        other = rows()
+        free = (
+            sa.select(jobs.c.id)
+            .join(other, sa.and_(jobs.c.id == other.c.id, jobs.c.claim_token == other.c.token))
+            .with_for_update(of=jobs, skip_locked=True)
+        )
+        fence.append(id_in(jobs.c.id, free.correlate(None).scalar_subquery()))
+    return sa.update(jobs).where(*fence).values(progress=stamped(reports.c.progress)).returning(jobs.c.id)

@@ -33,7 +33,7 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
-from pgqueue import expiry, limits, migration, retention, store, uniqueness
+from pgqueue import expiry, limits, migration, reporting, results, retention, store, uniqueness
 from pgqueue.client import PgQueue
 from pgqueue.config import WorkerConfig
 from pgqueue.deadlines import Deadlines
@@ -89,6 +89,15 @@ SWEEP_JOBS_MAX = 500
 
 #: How often a worker that holds jobs looks whether somebody wants one of them stopped, should no notification say so.
 LOOK_SECONDS = 1.0
+
+#: Between two writes of progress.
+PROGRESS_SECONDS = 1.0
+
+#: How long the end of a job waits for a write of progress that is under way.
+PROGRESS_WAIT_SECONDS = 1.0
+
+#: For ever.
+IDLE_SECONDS = 3_600.0
 
 #: The row of a worker that gave no sign of life for so long is dropped.
 SILENT_WORKER_SECONDS = 3600.0
@@ -204,6 +213,10 @@ class Worker:
         self._keep_dead = {d.name: d.keep_dead for d in self._definitions.values() if d.keep_dead is not None}
         if not self._definitions:
             raise ConfigurationError("this worker knows no tasks; register some with @pgq.task before it starts")
+        self._reports = reporting.Reports(self._report_waits)
+        self._progress_loop: DatabaseLoop | None = None  # started with the first report
+        self._reports_ended = False
+        self._writing_progress = threading.Lock()
         self._lock = threading.Lock()  # guards changes of the holds, and the report
         self._held: dict[int, _Hold] = {}
         self._finished: queue.SimpleQueue[Transition | None] = queue.SimpleQueue()
@@ -258,6 +271,8 @@ class Worker:
         self._finisher = DatabaseLoop("finish", engine, self._finish_step, outage, frozen_after)
         self._heartbeat = DatabaseLoop("heartbeat", engine, self._heartbeat_step, outage, frozen_after)
         self._sweeper = DatabaseLoop("sweep", engine, self._sweep_step, outage, frozen_after)
+        self._outage = outage
+        reporting.reporters[self.id] = self._report_progress
         self._scheduler: DatabaseLoop | None = None
         if self.config.schedules and not self.config.drain:
             scheduler = Scheduler(
@@ -380,7 +395,10 @@ class Worker:
         if not written:
             self._finisher.stop()
             logger.error("the database cannot be reached: %d jobs stay claimed until their lease ends", len(self._held))
-        others = (self._heartbeat, self._sweeper, self._task_loop, self._scheduler, self._listener)
+        reporting.reporters.pop(self.id, None)
+        with self._lock:
+            self._reports_ended = True
+        others = (self._progress_loop, self._heartbeat, self._sweeper, self._task_loop, self._scheduler, self._listener)
         ending = [thread for thread in others if thread]
         for thread in ending:
             thread.stop()
@@ -778,6 +796,8 @@ class Worker:
         """Complete the job in the task's own transaction; False when its claim was lost."""
         end_if_frozen(connection, self.config.lease)  # from here to the commit the job's row is locked
         transition = decide(job, outcome, definition.retry, random=0.0)
+        if self._reports.latest:
+            self._write_last_progress(connection, [transition])
         return bool(self._finish_in(connection, [self._retained(transition, job)]))
 
     # Finishing
@@ -846,6 +866,8 @@ class Worker:
                 break
             batch.append(more)
             characters += _characters(more)
+        if self._reports.latest:
+            self._write_last_progress(connection, batch)
         written = self._write(connection, batch)
         refused = [transition for transition in batch if transition.job_id not in written]
         if refused and tried_before:
@@ -950,6 +972,53 @@ class Worker:
             else:  # of an older attempt, when the job was claimed again meanwhile
                 seconds = hold.ran_seconds if hold.job.attempt == transition.attempt else None
                 self._listeners.tell(events_of(transition, hold.job, seconds))
+
+    # Progress
+
+    def _report_progress(self, job: ClaimedJob, document: dict[str, Any]) -> None:
+        self._reports.put(job, document)
+        if self._listeners.wanted:
+            self._listeners.tell_progress(job, document)
+
+    def _report_waits(self) -> None:
+        with self._lock:
+            if self._progress_loop is None and not self._reports_ended:
+                self._progress_loop = DatabaseLoop(
+                    "progress", self.pgq.engine, self._progress_step, self._outage, self.config.lease
+                )
+                self._progress_loop.start()
+            loop = self._progress_loop
+        if loop is not None:
+            loop.wake()
+
+    def _progress_step(self, connection: sa.Connection) -> float:
+        """Write what was reported since the last time, in one statement. A report that cannot be written is lost."""
+        reports = self._reports.waiting()
+        if not reports:
+            return IDLE_SECONDS
+        written: set[int] = set()
+        try:
+            with self._writing_progress, committing_each(connection):
+                written = results.write_progress(connection, self.pgq.tables, reports, skip_locked=True)
+        finally:
+            self._reports.tried(reports, written)
+        return PROGRESS_SECONDS
+
+    def _write_last_progress(self, connection: sa.Connection, transitions: Sequence[Transition]) -> None:
+        """Write what jobs reported last, before their end is written. Whatever happens here does not concern that."""
+        reports = self._reports.of((transition.job_id, transition.claim_token) for transition in transitions)
+        if not reports:
+            return
+        # An older report that is on its way must not come after this one; but nothing waits for it for long.
+        turn = self._writing_progress.acquire(timeout=PROGRESS_WAIT_SECONDS)
+        try:
+            with connection.begin_nested() if connection.in_transaction() else connection.begin():
+                self._reports.tried(reports, results.write_progress(connection, self.pgq.tables, reports))
+        except Exception as error:  # noqa: BLE001 — the end of the job is what counts
+            logger.info("the last progress of %d jobs could not be written: %s", len(reports), type(error).__name__)
+        finally:
+            if turn:
+                self._writing_progress.release()
 
     # Heartbeat and sweep
 
