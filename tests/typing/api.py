@@ -5,12 +5,25 @@ mypy reports a `type: ignore` that nothing needs, so each one states that the li
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from pgqueue import Job, JobHandle, PgQueue, ReplayResult, Retry, Schedule, Unique
+from pgqueue import (
+    ClaimedJob,
+    EnqueueRequest,
+    Job,
+    JobEvent,
+    JobHandle,
+    PgQueue,
+    ReplayResult,
+    Retry,
+    Schedule,
+    Subscription,
+    Unique,
+)
 
 pgq = PgQueue("sqlite://")
 
@@ -89,3 +102,36 @@ def operate(session: Session) -> ReplayResult:
     assert count
     pgq.replay([1, 2], payload={})  # type: ignore[call-overload]
     return pgq.replay([1, 2])
+
+
+def listen() -> Subscription:
+    def note(event: JobEvent) -> None: ...
+
+    with pgq.on("job:failed", note):
+        pass
+    pgq.on("job:failed", lambda event: event.payload, task=plain, queue="images")
+    pgq.on("job:failed", "note")  # type: ignore[call-overload]
+    return pgq.on("job:*", note)
+
+
+@pgq.on("job:completed")
+async def completed(event: JobEvent) -> None: ...
+
+
+@pgq.on("job:completed")  # type: ignore[type-var]
+def without_event() -> None: ...
+
+
+@pgq.middleware("run")
+def around(job: ClaimedJob) -> Iterator[None]:
+    yield
+
+
+@pgq.middleware("enqueue")
+def before(request: EnqueueRequest) -> None:
+    request.metadata["by"] = request.task
+
+
+@pgq.middleware("claim")  # type: ignore[arg-type]
+def neither(job: ClaimedJob) -> Iterator[None]:
+    yield
