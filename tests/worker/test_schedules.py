@@ -28,6 +28,7 @@ from pgqueue import (
     ScheduleNotFound,
     Task,
     TaskNotFound,
+    Unique,
     WorkerConfig,
     WrongSession,
     cron,
@@ -331,6 +332,21 @@ def test_middleware_limits_and_keys_are_those_of_any_enqueue(pgq: PgQueue) -> No
     assert job.concurrency_key is not None
     assert job.metadata["noted"] is True
     assert job.metadata["schedule"] == "nightly"
+
+
+def test_a_tick_whose_job_would_be_the_second_of_a_unique_one_gets_none(pgq: PgQueue) -> None:
+    @pgq.task(unique=Unique(on_conflict="raise"))
+    def visit(tenant: str) -> None: ...
+
+    upsert(pgq, task=visit, payload={"tenant": "a"}, cron=EVERY_MINUTE, catchup="all")
+    set_back(pgq, minutes=2)
+
+    Steps(pgq).settle()
+
+    (job,) = pgq.list_jobs()
+    made = ticks_of(pgq)
+    assert [job_id for _, job_id in made] == [job.id, *[None] * (len(made) - 1)]
+    assert len(made) >= 2
 
 
 def test_a_middleware_that_refuses_keeps_the_tick_open(pgq: PgQueue, report: Task[..., Any]) -> None:
