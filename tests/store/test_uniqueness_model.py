@@ -45,6 +45,7 @@ STEPS: dict[str, tuple[int, dict[str, st.SearchStrategy[Any]]]] = {
             "call": st.sampled_from(["complete", "fail", "die", "die", "release", "snooze", "sweep", "cancel"]),
         },
     ),
+    "live_and_die": (3, {"task": tasks, "some": st.lists(files, min_size=1, max_size=3, unique=True)}),
     "cancel_pending": (1, {"number": picks}),
     "replay_one": (2, {"number": picks}),
     "replay_ids": (2, {"count": st.integers(1, 5), "number": picks}),
@@ -183,6 +184,11 @@ class Sameness(RuleBasedStateMachine):
             else:
                 after = {"complete": "completed", "die": "dead", "cancel": "cancelled"}
                 job.status = after.get(call, "pending")
+
+    def live_and_die(self, task: str, some: list[str]) -> None:
+        """So that there are several dead jobs with the same key."""
+        self.enqueue_many(task, some, OnConflict.SKIP)
+        self.end(10, "die")
 
     # Operators
 
