@@ -331,6 +331,14 @@ def no_flush(dialect_name: str) -> sa.ColumnElement[bool]:
     return setting.is_not(None)
 
 
+def ends_if_frozen(dialect_name: str, milliseconds: sa.BindParameter[str]) -> sa.ColumnElement[bool]:
+    """A condition that always holds; the server then ends the transaction when nothing is heard of it for so long."""
+    if dialect_name == SQLITE:
+        return sa.true()
+    setting = sa.func.set_config("idle_in_transaction_session_timeout", milliseconds, sa.true())
+    return sa.select(setting).scalar_subquery().is_not(None)
+
+
 def lanes(jobs: sa.Table, queue: sa.BindParameter[str]) -> sa.Select[Any]:
     """PostgreSQL: the priorities that pending jobs of one queue have, the highest first.
 

@@ -283,11 +283,15 @@ def end_if_frozen(connection: sa.Connection, seconds: float) -> None:
     """
     autocommit = connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
     if connection.dialect.name == POSTGRESQL and not autocommit:
-        milliseconds = str(min(int(seconds * 1000), IDLE_MILLISECONDS_MAX))
         connection.execute(
             sa.text("SELECT set_config('idle_in_transaction_session_timeout', :milliseconds, true)"),
-            {"milliseconds": milliseconds},
+            {"milliseconds": idle_milliseconds(seconds)},
         )
+
+
+def idle_milliseconds(seconds: float) -> str:
+    """A timeout as the server takes it."""
+    return str(min(int(seconds * 1000), IDLE_MILLISECONDS_MAX))
 
 
 def describe_url(url: sa.URL) -> str:

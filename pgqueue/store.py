@@ -24,6 +24,7 @@ from sqlalchemy.dialects.postgresql import psycopg
 
 from pgqueue import dialect
 from pgqueue.dialect import IdArray, TextArray, id_among, id_in, json_of, now, seconds_from_now, seconds_since, text_in
+from pgqueue.engine import idle_milliseconds
 from pgqueue.errors import DuplicateJob
 from pgqueue.job import (
     ASKED_TO_STOP,
@@ -758,6 +759,47 @@ def _complete_alike(tables: Tables) -> sa.Update:
             jobs.c.claim_token == sa.bindparam("token", type_=sa.Uuid()),
         )
         .values(status=COMPLETED, claim_token=sa.null(), claim_expires_at=sa.null(), finished_at=now())
+        .returning(jobs.c.id)
+    )
+
+
+def complete_in_transaction(
+    connection: sa.Connection, tables: Tables, transition: Transition, *, frozen_after: float
+) -> bool:
+    """Write a completion among other work of its transaction; False when its claim was lost.
+
+    As `finish`. From here to the commit the job's row is locked, so in the same round trip the server is told to end
+    the transaction when nothing is heard of it for `frozen_after` seconds.
+    """
+    written = connection.execute(
+        _complete_in_transaction(tables),
+        {
+            "job_id": transition.job_id,
+            "token": transition.claim_token,
+            "document": transition.result_json,
+            "milliseconds": idle_milliseconds(frozen_after),
+        },
+    )
+    return written.scalar_one_or_none() is not None
+
+
+@cache
+def _complete_in_transaction(tables: Tables) -> sa.Update:
+    jobs = tables.jobs
+    return (
+        sa.update(jobs)
+        .where(
+            jobs.c.id == sa.bindparam("job_id", type_=sa.BigInteger()),
+            jobs.c.claim_token == sa.bindparam("token", type_=sa.Uuid()),
+            dialect.ends_if_frozen(tables.dialect_name, sa.bindparam("milliseconds", type_=sa.Text())),
+        )
+        .values(
+            status=COMPLETED,
+            claim_token=sa.null(),
+            claim_expires_at=sa.null(),
+            finished_at=now(),
+            result=json_of(sa.bindparam("document", type_=sa.Text())),
+        )
         .returning(jobs.c.id)
     )
 

@@ -794,11 +794,14 @@ class Worker:
         self, connection: sa.Connection, definition: TaskDefinition, job: ClaimedJob, outcome: Completed
     ) -> bool:
         """Complete the job in the task's own transaction; False when its claim was lost."""
+        transition = self._retained(decide(job, outcome, definition.retry, random=0.0), job)
+        if transition.keep_seconds is None and not self._reports.latest:
+            frozen_after = self.config.lease
+            return store.complete_in_transaction(connection, self.pgq.tables, transition, frozen_after=frozen_after)
         end_if_frozen(connection, self.config.lease)  # from here to the commit the job's row is locked
-        transition = decide(job, outcome, definition.retry, random=0.0)
         if self._reports.latest:
             self._write_last_progress(connection, [transition])
-        return bool(self._finish_in(connection, [self._retained(transition, job)]))
+        return bool(self._finish_in(connection, [transition]))
 
     # Finishing
 

@@ -56,6 +56,9 @@ HOT: dict[str, Callable[[sa.Connection, PgQueue, Claims], Any]] = {
         [Transition(job_id, claims[0][1], 1, JobStatus.COMPLETED) for job_id in range(1, 11)],
         actor="w",
     ),
+    "complete_in_transaction": lambda connection, pgq, claims: store.complete_in_transaction(
+        connection, pgq.tables, Transition(*claims[0], 1, JobStatus.COMPLETED, result_json="1"), frozen_after=30
+    ),
     "retry": lambda connection, pgq, claims: store.finish(
         connection,
         pgq.tables,
@@ -262,6 +265,7 @@ INDEXES: dict[str, list[set[str]]] = {
     "extend": [{"pk_jobs"}, {"pk_jobs"}],
     "complete": [{"pk_jobs"}],
     "complete_alike": [{"pk_jobs"}],
+    "complete_in_transaction": [{"pk_jobs"}],
     "retry": [{"pk_jobs"}],
     "complete_keeping": [{"pk_jobs"}],
     "complete_deleting": [{"pk_jobs"}],
@@ -358,6 +362,7 @@ SQLITE_PLANS: dict[str, list[str]] = {
     "extend": ["INTEGER PRIMARY KEY", "INTEGER PRIMARY KEY", "INTEGER PRIMARY KEY"],
     "complete": ["INTEGER PRIMARY KEY"],
     "complete_alike": ["INTEGER PRIMARY KEY"],
+    "complete_in_transaction": ["INTEGER PRIMARY KEY"],
     "retry": ["INTEGER PRIMARY KEY"],
     "complete_keeping": ["INTEGER PRIMARY KEY"],
     "complete_deleting": ["INTEGER PRIMARY KEY"],

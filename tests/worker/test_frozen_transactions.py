@@ -105,6 +105,27 @@ def test_a_claim_and_a_completion_lock_nothing_when_their_worker_freezes_behind_
     bystander.dispose()
 
 
+@pytest.mark.parametrize("keep_completed", [None, 60])
+def test_a_transactional_task_that_freezes_before_its_commit_lets_go_of_its_job(
+    pg: PgQueue, pg_url: str, keep_completed: float | None
+) -> None:
+    @pg.task(transactional=True, keep_completed=keep_completed)
+    def work(session: object) -> None:
+        pass
+
+    bystander = make_engine(pg_url)
+    job_id = enqueue(work)
+    with Freeze(pg.engine, "pgqueue-default", of_transaction=True) as freeze, working(pg, lease=0.6):
+        pid = freeze.pid()
+        assert scalar(bystander, STATE, pid=pid) == "idle in transaction"
+        wait_for(lambda: scalar(bystander, STATE, pid=pid) is None, "the server to end the frozen transaction")
+        freeze.end()
+        job = wait_for_status(pg, job_id, "completed")
+
+    assert job.attempt > 1
+    bystander.dispose()
+
+
 @pytest.mark.parametrize("lease", [0.5, 3_000_000.0])
 def test_a_transactional_task_works_with_the_shortest_and_with_a_very_long_lease(pg: PgQueue, lease: float) -> None:
     @pg.task(transactional=True, retry=Retry(max_retries=0))

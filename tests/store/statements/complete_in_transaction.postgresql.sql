@@ -1,0 +1,8 @@
+UPDATE pgqueue.jobs
+SET status='completed', claim_token=NULL, claim_expires_at=NULL, result=CAST(%(document)s::VARCHAR AS jsonb),
+    finished_at=now()
+WHERE pgqueue.jobs.id = %(job_id)s::BIGINT
+AND pgqueue.jobs.claim_token = %(token)s::UUID
+AND (
+    SELECT set_config(%(set_config_2)s::VARCHAR, %(milliseconds)s::VARCHAR, true) AS set_config_1) IS NOT NULL
+RETURNING pgqueue.jobs.id;
