@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache, partial
 from typing import Any, cast
@@ -70,6 +70,7 @@ from pgqueue.openapi import (
 from pgqueue.operations import QueueSummary
 from pgqueue.task import problems
 from pgqueue.tokens import ANYONE, TOKENS_VARIABLE, Principal, Scope, Tokens, parse_tokens, tokens_from_environment
+from pgqueue.unique import Unique
 
 __all__ = ["LOCAL_HOSTS", "create_app"]
 
@@ -96,6 +97,9 @@ READY_SECONDS = 1.0
 
 #: Seconds after which to try again, when the database is down and when there is too much to do.
 RETRY_AFTER_OUTAGE, RETRY_AFTER_BUSY = 5, 1
+
+#: How long an Idempotency-Key is known, counted from its first request.
+IDEMPOTENCY_SECONDS = 86_400.0
 
 #: Types that were not declared, kept for the next request.
 UNDECLARED_TYPES_MAX = 256
@@ -508,6 +512,7 @@ class _Service:
         self._pgq = pgq
         self._any_type = any_type
         self._undeclared = lru_cache(UNDECLARED_TYPES_MAX)(partial(pgq.external_task, register=False))
+        self._remembering = lru_cache(UNDECLARED_TYPES_MAX)(_remembering)
         self._stats = _Counts(pgq)
         self._ready_until = 0.0
 
@@ -526,7 +531,8 @@ class _Service:
         if key is not None and body.unique_key is not None:
             raise _Refused(400, "Give either the header Idempotency-Key or uniqueKey, not both")
         try:
-            task = self._task(body.type).using(**_options(call, body, key))
+            known = self._task(body.type)
+            task = (known if key is None else self._remembering(known)).using(**_options(call, body, key))
         except TaskNotFound:
             raise _Refused(
                 400,
@@ -715,6 +721,14 @@ class _Counts:
             return counted
         finally:
             self._counting.release()
+
+
+def _remembering(task: Task[..., Any]) -> Task[..., Any]:
+    """The same task, with unique keys that outlast their jobs."""
+    unique = Unique(period=IDEMPOTENCY_SECONDS)
+    remembering: Task[..., Any] = Task(task.pgq, replace(task.definition, unique=unique))
+    remembering.external = task.external
+    return remembering
 
 
 def _options(call: _Call, body: TaskBody, key: str | None) -> dict[str, Any]:

@@ -207,6 +207,17 @@ def test_a_key_that_was_used_for_another_request_is_refused(caller: Caller, pgq:
     assert len(pgq.list_jobs()) == 1
 
 
+def test_a_repeated_request_returns_the_same_id_after_its_job_was_completed(caller: Caller, pgq: PgQueue) -> None:
+    body, headers = {"type": "email", "payload": {"to": "ada"}}, {"Idempotency-Key": "order-1"}
+    first = caller.post("/task", body, status=202, headers=headers)
+    caller.post(f"/complete/{first['taskId']}", {"token": caller.dequeue()["token"]})
+
+    again = caller.post("/task", body, status=202, headers=headers)
+
+    assert again["taskId"] == first["taskId"]
+    assert len(pgq.list_jobs()) == 1
+
+
 def test_a_repeated_request_with_every_option_is_known_again(caller: Caller) -> None:
     options = {"executeAt": "2030-01-31T12:00:00Z", "priority": "high", "maxRetries": 1, "metadata": {"a": [1.5, None]}}
     body, headers = {"type": "email", "payload": {"n": 10**20}, **options}, {"Idempotency-Key": "1"}
