@@ -124,7 +124,7 @@ def test_a_tick_becomes_a_job_as_an_enqueue_would_make_it_with_the_schedule_in_i
     pgq: PgQueue, report: Task[..., Any]
 ) -> None:
     upsert(pgq, task=report.using(max_retries=7), payload={"size": 4}, cron=EVERY_MINUTE)
-    set_back(pgq, seconds=59)
+    set_back(pgq, seconds=90)
     steps = Steps(pgq)
 
     steps.settle()
