@@ -358,18 +358,27 @@ def _key_holder(tables: Tables) -> sa.Select[Any]:
 
 
 def replace_pending(connection: sa.Connection, tables: Tables, job: NewJob, actor: str) -> int | None:
-    """Give a pending job with the same unique key this payload and these settings; its id, None if there is none."""
+    """Give a pending job with the same unique key this payload and these settings; its id, None if there is none.
+
+    One that others wait behind, or that was offered a slot, keeps its queue and keys: they are found by these.
+    """
     jobs = tables.jobs
+    is_free = sa.and_(jobs.c.slot.is_(None), sa.not_(jobs.c.leads_order))
+    moved = {"queue": job.queue, **{name: getattr(job, name) for name in LIMIT_KEYS}}
     replaced = connection.execute(
         sa.update(jobs)
         .where(jobs.c.task == job.task, jobs.c.unique_key == job.unique_key, jobs.c.status == PENDING)
         .values(
             payload=json_of(sa.literal(job.payload_json, sa.Text())),
             metadata=json_of(sa.literal(job.metadata_json, sa.Text())),
-            queue=job.queue,
             priority=job.priority,
             max_retries=job.max_retries,
             run_at=_run_at(job.delay_seconds is not None, job.run_at is not None),
+            waits_for=sa.null(),
+            **{
+                name: sa.case((is_free, sa.literal(value, sa.Text())), else_=jobs.c[name])
+                for name, value in moved.items()
+            },
             **{"expires_at": sa.null(), **_expires_at(_expiry(job))},
         )
         .returning(jobs.c.id),

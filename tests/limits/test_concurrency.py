@@ -46,7 +46,7 @@ def test_a_slot_comes_free_whatever_ends_the_attempt(pgq: PgQueue) -> None:
     (third,) = claim(pgq)
     pgq.nack(third, dead=True, error="no")
     (fourth,) = claim(pgq)
-    pgq.cancel(fourth.id)
+    pgq.cancel(fourth.id, force=True)
     (fifth,) = claim(pgq)
     expire(pgq, [fifth.id])
     (sixth,) = claim(pgq)
@@ -206,6 +206,38 @@ def test_a_waiting_job_whose_place_was_taken_by_a_more_urgent_one_gets_the_next(
     pgq.ack(second)
 
     assert ids(claim(pgq)) == [waits]
+
+
+def test_a_waiting_job_that_is_replaced_with_another_key_waits_no_more(pgq: PgQueue) -> None:
+    pgq.set_limits(task="work", key_concurrency=1)
+    task = pgq.external_task("work")
+    put(pgq, task, concurrency_key="a")
+    replaced = task.using(unique_key="u", on_conflict="replace")
+    with pgq.begin() as connection:
+        job = replaced.using(concurrency_key="a").enqueue(connection)
+    assert len(claim(pgq)) == 1
+
+    with pgq.begin() as connection:
+        replaced.using(concurrency_key="b").enqueue(connection)
+
+    assert ids(claim(pgq)) == [job.id]
+
+
+def test_a_job_that_leads_its_key_keeps_it_when_it_is_replaced(pgq: PgQueue) -> None:
+    task = pgq.external_task("work")
+    leading = task.using(unique_key="u", on_conflict="replace")
+    with pgq.begin() as connection:
+        leader = leading.using(ordering_key="a", delay=3600).enqueue(connection)
+    (behind,) = put(pgq, task, ordering_key="a")
+    assert claim(pgq) == [], "the second waits behind the first"
+
+    with pgq.begin() as connection:
+        leading.using(ordering_key="b").enqueue(connection)
+
+    (first,) = claim(pgq)
+    assert first.id == leader.id
+    pgq.ack(first)
+    assert ids(claim(pgq)) == [behind]
 
 
 # Changes while jobs run ------------------------------------------------------------------------------------
