@@ -94,3 +94,26 @@ def test_a_child_wakes_workers_as_its_parent_does(pg: PgQueue, pg_url: str) -> N
 
     assert len(parents) == len(childs) == 1
     assert parents != childs
+
+
+def test_a_child_tells_listeners_of_what_it_does_itself(pg: PgQueue) -> None:
+    external = pg.external_task("external")
+    heard: list[int] = []
+    pg.on("job:enqueued", lambda event: heard.append(os.getpid()))
+
+    def enqueue() -> None:
+        with pg.begin() as connection:
+            external.enqueue(connection)
+        assert pg._listeners.deliver(PATIENCE_SECONDS / 4)
+
+    def enqueue_in_child() -> None:
+        heard.clear()
+        enqueue()
+        assert heard == [os.getpid()]
+
+    enqueue()
+    with pg._listeners._lock:
+        assert in_a_child(enqueue_in_child) == 0
+    enqueue()
+
+    assert heard == [os.getpid()] * 2
