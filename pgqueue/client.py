@@ -322,6 +322,8 @@ class PgQueue:
         keep_completed: float | timedelta | None = None,
         keep_dead: float | timedelta | None = None,
         transactional: Literal[False] = False,
+        isolation: Literal["process"] | None = None,
+        memory_limit: int | None = None,
     ) -> Callable[[Callable[P, R]], Task[P, R]]: ...
 
     def task(self, *function: Any, **options: Any) -> Any:
@@ -333,6 +335,9 @@ class PgQueue:
         retry: what happens after a failed attempt; a `Retry`.
         timeout: seconds an attempt may take. Then an `async def` task is cancelled, and in the thread of a `def` task
         a TimeoutError is raised at its next bytecode: one that is stuck in C code keeps its slot until that returns.
+        isolation: "process" runs each attempt in a child process: its crash fails only its own job, and at its timeout
+        it is killed. The task must be found at the top of a module that can be imported.
+        memory_limit: bytes of address space that this process may have, the interpreter and all imports included.
         unique: which of its jobs count as the same, so that there is one of them at a time; a `Unique`.
         expires_in: how long (seconds or a timedelta) a job is worth starting, counted from when it is due. One that was
         not started by then is dead, reason "expired".

@@ -14,6 +14,7 @@ PgqueueError
 ├── NotAwaited                  an asynchronous enqueue was never awaited
 ├── DuplicateJob                the unique key belongs to a job that is not finished
 ├── IllegalTransition           the job's status does not allow what was asked
+├── ProcessDied                 the process of an isolated task ended before the task did
 ├── ClaimLost                   the job was claimed again or finished; this claim may no longer write
 ├── DatabaseUnreachable         no connection, or it broke
 ├── SchemaMissing               pgqueue's tables are not there
@@ -112,6 +113,13 @@ class DuplicateJob(PgqueueError):
 
 class IllegalTransition(PgqueueError):
     """The job's status does not allow what was asked."""
+
+
+class ProcessDied(PgqueueError):
+    """The process of an isolated task crashed, exited or was killed before the task returned.
+
+    Not raised: an attempt fails with it, so that a Retry can name it.
+    """
 
 
 class ClaimLost(PgqueueError):

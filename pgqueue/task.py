@@ -11,11 +11,12 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import re
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NotRequired, Required
+from typing import Any, Literal, NamedTuple, NotRequired, Required
 
 import pydantic
 import pydantic_core
@@ -65,6 +66,8 @@ class TaskDefinition:
     keep_completed: float | None = None  #: seconds until a completed job is deleted; None: kept
     keep_dead: float | None = None  #: likewise a dead one
     transactional: bool = False  #: the function's first parameter is a Session that commits its own completion
+    isolation: Literal["process"] | None = None  #: each attempt runs in a child process
+    memory_limit: int | None = None  #: bytes of address space that this process may have
     concurrency: int | PerKey | None = None  #: jobs running at once, of all workers together, or of each key
     rate: Rate | None = None  #: jobs started in a time
     ordered_by: str | None = None  #: a parameter; jobs with the same value of it run one after another
@@ -80,12 +83,42 @@ class TaskDefinition:
         is_async = inspect.iscoroutinefunction(self.function)
         if self.timeout is not None and not self.timeout > 0:
             raise ConfigurationError(f"timeout of task {self.name!r} must be more than 0 seconds, got {self.timeout!r}")
+        self._check_isolation()
         object.__setattr__(self, "is_async", is_async)
         adapter, parameters = _read_signature(self)
         object.__setattr__(self, "payload_adapter", adapter)
         object.__setattr__(self, "parameters", parameters)
         self._check_limits()
         self._check_unique()
+
+    def _check_isolation(self) -> None:
+        if self.isolation not in (None, "process"):
+            raise ConfigurationError(
+                f"isolation of task {self.name!r} must be None or 'process', got {self.isolation!r}"
+            )
+        if self.isolation is not None and os.name != "posix":
+            raise ConfigurationError(f'task {self.name!r}: isolation="process" needs a POSIX system, this is {os.name}')
+        if self.isolation is not None and self.transactional:
+            raise ConfigurationError(
+                f"task {self.name!r} is transactional, so it cannot be isolated: its session is the worker's, and a "
+                "connection cannot go to another process"
+            )
+        if self.memory_limit is None:
+            return
+        if self.isolation is None:
+            raise ConfigurationError(
+                f'memory_limit of task {self.name!r} needs isolation="process": a limit is one of a whole process'
+            )
+        if not isinstance(self.memory_limit, int) or isinstance(self.memory_limit, bool) or self.memory_limit < 1:
+            raise ConfigurationError(
+                f"memory_limit of task {self.name!r} must be a whole number of bytes, such as 512 * 1024 * 1024, "
+                f"got {self.memory_limit!r}"
+            )
+
+    @property
+    def runs_in_loop(self) -> bool:
+        """Whether its jobs run on a worker's event loop."""
+        return self.is_async and self.isolation is None
 
     def _check_unique(self) -> None:
         if self.unique is None:

@@ -52,6 +52,7 @@ from pgqueue.engine import (
 from pgqueue.errors import ConfigurationError, IllegalTransition
 from pgqueue.events import DELIVER_SECONDS, EventName, event_of, events_of, events_of_expired, events_of_swept
 from pgqueue.executor import cancelled_itself, execute, execute_async, outcome_of, timed_out
+from pgqueue.isolation import Processes, reference_of
 from pgqueue.job import (
     ASKED_TO_STOP,
     Cancelled,
@@ -234,6 +235,12 @@ class Worker:
         self._async_jobs: dict[ClaimedJob, asyncio.Task[Any]] = {}
         self._async_stopped: dict[ClaimedJob, Outcome] = {}  # of those, the ones that this worker cancelled, and why
         self._deadlines = Deadlines()
+        self._processes = Processes()
+        self._isolated = {
+            name: reference_of(pgq.tasks[name], pgq.tasks[name].definition)
+            for name, definition in self._definitions.items()
+            if definition.isolation is not None
+        }
         self._task_loop: TaskLoop | None = None
         self._async_engine: AsyncEngine | None = None
         self._slots = {
@@ -286,7 +293,7 @@ class Worker:
         self._listener: WakeListener | None = None
         if self.config.listen and engine.dialect.name == POSTGRESQL:
             self._listener = WakeListener(engine, self.pgq.schema, self._woken)
-        if any(definition.is_async for definition in self._definitions.values()):
+        if any(definition.runs_in_loop for definition in self._definitions.values()):
             self._task_loop = TaskLoop(at_end=self._dispose_async_engine)
         duties = (
             self._task_loop,
@@ -383,6 +390,7 @@ class Worker:
             logger.info("waiting up to %g s for running jobs", self.config.shutdown_timeout)
         self._wait_while(lambda: self._running() and not self._abort_requested, self.config.shutdown_timeout)
         self._stop_async_jobs()
+        self._stop_isolated_jobs()
         interrupted = [hold.job for hold in list(self._held.values()) if not hold.ending]
         for job in interrupted:
             self._finish(job, STOPPED_RUNNING)
@@ -405,6 +413,7 @@ class Worker:
         for thread in ending:
             thread.join(ABORT_SECONDS)
         self._deadlines.stop()
+        self._processes.close()
         if written:
             self._leave()
 
@@ -426,6 +435,15 @@ class Worker:
             for job in list(self._async_jobs):
                 self._task_loop.call(self._cancel_async_job, job, STOPPED_RUNNING)
             self._wait_while(lambda: bool(self._async_jobs), ABORT_SECONDS)
+
+    def _stop_isolated_jobs(self) -> None:
+        """Kill the processes of isolated tasks before their jobs are given back; their slots give them back."""
+        jobs = self._processes.busy
+        for job in jobs:
+            self._processes.stop(job, STOPPED_RUNNING)
+        self._wait_while(
+            lambda: any((hold := self._hold_of(job)) is not None and not hold.ending for job in jobs), ABORT_SECONDS
+        )
 
     def _leave(self) -> None:
         """Give back what may have been claimed unseen, and strike this worker off the list."""
@@ -641,7 +659,7 @@ class Worker:
     # Running
 
     def is_async(self, job: ClaimedJob) -> bool:
-        return self._definitions[job.task].is_async
+        return self._definitions[job.task].runs_in_loop
 
     def may_start(self, job: ClaimedJob) -> bool:
         """Whether the claim surely holds: not when this process was frozen, or no heartbeat got through."""
@@ -663,9 +681,13 @@ class Worker:
     def run_sync(self, job: ClaimedJob) -> None:
         """Run a `def` task in this thread, to its end in the finisher's hands."""
         definition = self._definitions[job.task]
-        outcome = (
-            self._run_transactional(definition, job) if definition.transactional else self._execute(definition, job)
-        )
+        outcome: Outcome | None
+        if definition.isolation is not None:
+            outcome = self._processes.run(job, definition, self._isolated[job.task])
+        elif definition.transactional:
+            outcome = self._run_transactional(definition, job)
+        else:
+            outcome = self._execute(definition, job)
         if outcome is not None:
             self._finish(job, outcome)
 
@@ -1076,6 +1098,7 @@ class Worker:
         logger.info("job %d (task %s) is asked to stop in its attempt %d", job.id, job.task, job.attempt)
         if self._task_loop is not None:
             self._task_loop.call(self._cancel_async_job, job, STOPPED_ON_REQUEST)
+        self._processes.stop(job, STOPPED_ON_REQUEST)
 
     def _lose(self, hold: _Hold) -> None:
         """Let go of a job that is no longer this worker's, unless its end is just being written: that will tell."""
@@ -1099,6 +1122,7 @@ class Worker:
             self._listeners.tell([event_of(EventName.LOST, job, reason=TAKEN)])
         if self._task_loop is not None:
             self._task_loop.call(self._cancel_async_job, job, STOPPED_RUNNING)
+        self._processes.stop(job, STOPPED_RUNNING)
         if self.config.max_jobs is not None or self.config.drain:
             self._claimer.wake()
 

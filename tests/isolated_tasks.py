@@ -1,0 +1,75 @@
+"""Tasks for tests of isolation: their processes import them from here."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from pgqueue import Discard, PgQueue, Retry, current_job
+
+pgq = PgQueue()
+
+ONCE = Retry(max_retries=0)
+MIB = 1024 * 1024
+
+
+@pgq.task(isolation="process", retry=ONCE)
+def look() -> dict[str, Any]:
+    job = current_job()
+    return {"pid": os.getpid(), "parent": os.getppid(), "id": job.id, "attempt": job.attempt, "payload": job.payload}
+
+
+@pgq.task(isolation="process", retry=ONCE)
+async def look_async(n: int) -> int:
+    await asyncio.sleep(0)
+    return n * current_job().attempt
+
+
+@pgq.task(isolation="process", retry=ONCE)
+def crash(how: str) -> None:
+    if how == "exit":
+        os._exit(3)
+    if how == "segfault":
+        os.environ.pop("PYTHONFAULTHANDLER", None)
+        ctypes.string_at(0)
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "sys.exit":
+        raise SystemExit(4)
+    if how == "discard":
+        raise Discard("no use")
+    raise ValueError(how)
+
+
+@pgq.task(isolation="process", retry=ONCE, timeout=0.5)
+def stuck(pid_file: str) -> None:
+    """In C code, with a process of its own."""
+    child = subprocess.Popen(["sleep", "60"])
+    Path(pid_file).write_text(f"{os.getpid()} {child.pid}")
+    ctypes.PyDLL(None).sleep(60)  # keeps the GIL
+
+
+@pgq.task(isolation="process", retry=Retry(max_retries=3))
+def waits(pid_file: str) -> None:
+    Path(pid_file).write_text(f"{os.getpid()}")
+    time.sleep(60)
+
+
+@pgq.task(isolation="process", retry=ONCE, memory_limit=1024 * MIB)
+def takes(mib: int) -> int:
+    return len(bytearray(mib * MIB))
+
+
+@pgq.task(isolation="process", retry=ONCE, memory_limit=MIB)
+def starved() -> None: ...
+
+
+@pgq.task
+def plain() -> int:
+    return os.getpid()
