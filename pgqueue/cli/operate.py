@@ -161,6 +161,24 @@ def show_job(
     )
 
 
+@command(jobs, "wait")
+def wait_for_job(
+    settings: Settings,
+    job_id: JobId,
+    timeout: Annotated[float | None, duration_option("--timeout", "At most so long, e.g. 5m. Else: for ever.")] = None,
+) -> None:
+    """Wait until a job has ended, and print its result as JSON.
+
+    The exit code is 1 when it is dead or cancelled, or has not ended in time.
+
+    Example:
+      pgqueue jobs wait 17 --timeout 5m
+    """
+    with opened(settings) as pgq:
+        result = pgq.result(job_id, timeout=timeout)
+    settings.printer().text(to_json(result))
+
+
 @command(jobs, "replay")
 def replay_jobs(
     settings: Settings,

@@ -39,7 +39,7 @@ def test_the_commands_are_those_of_the_specification() -> None:
         "worker",
         "serve",
         "enqueue",
-        *("jobs", "jobs list", "jobs show", "jobs replay", "jobs edit", "jobs cancel", "jobs delete"),
+        *("jobs", "jobs list", "jobs show", "jobs wait", "jobs replay", "jobs edit", "jobs cancel", "jobs delete"),
         *("jobs export", "jobs purge"),
         *("queues", "queues list", "queues pause", "queues resume"),
         *("schedules", "schedules list", "schedules show", "schedules add"),

@@ -58,6 +58,25 @@ def test_jobs_are_listed_newest_first_and_page_by_page(pgqueue: Command, jobs: d
     assert first_page + second_page == listed
 
 
+def test_the_result_of_a_job_can_be_waited_for(pgqueue: Command, pgq: PgQueue) -> None:
+    job_id = add(pgq)[0]
+    pgq.ack(pgq.claim("me"), result={"a": [1, None]})
+
+    assert pgqueue.json("jobs", "wait", str(job_id), "--timeout", "30s") == {"a": [1, None]}
+
+
+@pytest.mark.parametrize(
+    ("status", "problem"),
+    [("dead", "is dead"), ("cancelled", "was cancelled"), ("pending", "did not end within 0 s")],
+)
+def test_waiting_for_a_job_that_does_not_complete_fails(
+    pgqueue: Command, jobs: dict[str, int], status: str, problem: str
+) -> None:
+    done = pgqueue("jobs", "wait", str(jobs[status]), "--timeout", "0", code=1)
+
+    assert problem in done.stderr
+
+
 def test_jobs_are_filtered(pgqueue: Command, jobs: dict[str, int]) -> None:
     assert [job["id"] for job in pgqueue.json("jobs", "list", "--status", "dead")] == [jobs["dead"]]
     assert [job["id"] for job in pgqueue.json("jobs", "list", "--queue", "bad")] == [jobs["dead"]]
