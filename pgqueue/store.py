@@ -183,9 +183,13 @@ def insert_keyed_jobs(connection: sa.Connection, tables: Tables, wanted: Sequenc
 
 
 def is_released(tables: Tables) -> sa.ColumnElement[bool]:
-    """A condition on unique_periods: the job that began the period is dead or cancelled, so it holds nobody up."""
+    """A condition on unique_periods: the job that began the period is dead or cancelled, so it holds nobody up.
+
+    A scalar subquery, which goes by primary key: of an EXISTS the planner may make a join with all dead jobs.
+    """
     holder, periods = tables.jobs.alias("holder"), tables.unique_periods
-    return sa.exists().where(holder.c.id == periods.c.job_id, sa.text("holder.status IN ('dead', 'cancelled')"))
+    status = sa.select(holder.c.status).where(holder.c.id == periods.c.job_id).correlate(periods).scalar_subquery()
+    return sa.func.coalesce(status, sa.literal_column("''")).in_([DEAD, CANCELLED])
 
 
 def _chunks(payloads_json: Sequence[str]) -> Iterable[list[str]]:
@@ -332,13 +336,13 @@ def _insert_keyed_jobs(tables: Tables, has_delay: bool, has_run_at: bool, by_per
     }
     select = sa.select(*(value.label(name) for name, value in columns.items())).where(rows.c.n >= 0)
     if by_period:
-        taken = sa.exists().where(
+        period = sa.select(periods.c.until).where(
             periods.c.task == task,
             periods.c.unique_key == rows.c.unique_key,
             periods.c.until > now(),
             sa.not_(is_released(tables)),
         )
-        select = select.where(sa.not_(taken))
+        select = select.where(period.correlate(rows).scalar_subquery().is_(None))
     return (
         dialect.insert(tables.dialect_name, jobs)
         .from_select(list(columns), select.order_by(rows.c.n))

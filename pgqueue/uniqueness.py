@@ -163,9 +163,8 @@ def _is_released_now(tables: Tables) -> sa.TextClause:
     """`store.is_released` as text: SQLAlchemy leaves the schema away in a subquery of ON CONFLICT DO UPDATE."""
     quoted = postgresql.dialect().identifier_preparer  # type: ignore[no-untyped-call]  # SQLite quotes alike
     return sa.text(
-        f"EXISTS (SELECT 1 FROM {quoted.format_table(tables.jobs)} AS holder "  # noqa: S608 — names of tables
-        f"WHERE holder.id = {quoted.quote(tables.unique_periods.name)}.job_id "
-        "AND holder.status IN ('dead', 'cancelled'))"
+        f"coalesce((SELECT holder.status FROM {quoted.format_table(tables.jobs)} AS holder "  # noqa: S608 — names
+        f"WHERE holder.id = {quoted.quote(tables.unique_periods.name)}.job_id), '') IN ('dead', 'cancelled')"
     )
 
 
