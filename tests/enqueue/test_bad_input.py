@@ -212,7 +212,7 @@ def test_a_queue_or_task_name_that_a_task_cannot_have(sqlite_url: str) -> None:
 
 def test_a_schema_name_that_would_need_quotes(sqlite_url: str) -> None:
     name: Any
-    for name in [*HOSTILE_NAMES, None, "Upper", "1a", "a-b", "a.b", "pg_mine", "a" * 49]:
+    for name in [*HOSTILE_NAMES, 7, b"a", "Upper", "1a", "a-b", "a.b", "pg_mine", "a" * 49]:
         with pytest.raises(ConfigurationError, match="schema must be at most 48 lower-case letters, digits and under"):
             PgQueue(sqlite_url, schema=name)
 

@@ -2,6 +2,8 @@
 
 Each is a mistake that a job queue may really contain. Where it shows only when two processes meet at the wrong
 moment, the bug waits for that moment, so that the tests need no luck.
+
+A bug that sits where nothing passes any more would prove nothing: each tells by a gate, STRUCK, that its code was run.
 """
 
 from __future__ import annotations
@@ -17,15 +19,17 @@ from sqlalchemy.orm import Session
 
 from pgqueue import store
 from pgqueue.executor import execute
-from pgqueue.job import ClaimedJob, Completed, EventType, JobStatus, Outcome, SweepResult, Transition
+from pgqueue.job import ClaimedJob, Completed, EventType, Outcome, SweepResult, Transition
 from pgqueue.retry import decide
 from pgqueue.schema import Tables
 from pgqueue.task import TaskDefinition
 from pgqueue.worker import Worker
 
+STRUCK = "bug_struck"
+
 BACK_TO_PENDING = (
     "UPDATE pgqueue.jobs SET status = 'pending', claim_token = NULL, claim_expires_at = NULL, finished_at = NULL, "
-    "retries = retries + :charge WHERE id = ANY(:ids) RETURNING id, queue, task, attempt, claimed_by"
+    "retries = retries + :charge WHERE id = ANY(:ids) RETURNING id, queue, task, attempt, claimed_by, claimed_at"
 )
 
 
@@ -37,22 +41,21 @@ def plant(bug: str, gates: Path) -> None:
 def finish_without_fence(gates: Path) -> None:
     """A completion is written by id, whoever has the job now, and no heartbeat tells that a claim was lost."""
 
-    def finish(connection: sa.Connection, tables: Tables, transitions: Sequence[Transition], *, actor: str) -> set[int]:
+    def complete(connection: sa.Connection, tables: Tables, transition: Transition, *, frozen_after: float) -> bool:
+        (gates / STRUCK).touch()
         statement = sa.text(
             "UPDATE pgqueue.jobs SET status = 'completed', claim_token = NULL, claim_expires_at = NULL, "
             "finished_at = now(), result = CAST(:result AS jsonb) WHERE id = :id"
         )
-        for transition in transitions:
-            assert transition.status is JobStatus.COMPLETED
-            connection.execute(statement, {"id": transition.job_id, "result": transition.result_json})
-        return {transition.job_id for transition in transitions}
+        connection.execute(statement, {"id": transition.job_id, "result": transition.result_json})
+        return True
 
     def extend(
         connection: sa.Connection, tables: Tables, claims: Sequence[store.Claim], *, lease: float
     ) -> dict[int, bool]:
         return dict.fromkeys((job_id for job_id, _ in claims), False)
 
-    store.finish = finish
+    store.complete_in_transaction = complete
     store.extend = extend
 
 
@@ -60,6 +63,7 @@ def effects_in_another_transaction(gates: Path) -> None:
     """A transactional task commits, and then its completion does."""
 
     def run(self: Worker, definition: TaskDefinition, job: ClaimedJob) -> Outcome:
+        (gates / STRUCK).touch()
         with Session(self.pgq.engine) as session, session.begin():
             return execute(definition, job, session)
 
@@ -70,6 +74,7 @@ def completed_before_it_ran(gates: Path) -> None:
     """A job counts as done when it was handed out."""
 
     def run(self: Worker, definition: TaskDefinition, job: ClaimedJob) -> None:
+        (gates / STRUCK).touch()
         with self.pgq.begin() as connection:
             transition = decide(job, Completed("1"), definition.retry, 0.0)
             store.finish(connection, self.pgq.tables, [transition], actor=self.id)
@@ -89,6 +94,7 @@ def sweep_without_second_look(gates: Path) -> None:
             return SweepResult()
         (gates / "expired_jobs_seen").touch()
         _wait(lambda: (gates / "sweep").exists())
+        (gates / STRUCK).touch()
         swept = connection.execute(sa.text(BACK_TO_PENDING), {"ids": ids, "charge": 1}).all()
         store.record_all(
             connection,
@@ -118,8 +124,8 @@ def claim_without_lock(gates: Path) -> None:
             _wait(lambda: len(list(gates.glob("found-*"))) == 2)
             if min(gates.glob("found-*")).name != f"found-{os.getpid():09}":
                 _wait(lambda: not pending())
+                (gates / STRUCK).touch()
                 connection.execute(sa.text(BACK_TO_PENDING), {"ids": ids, "charge": 0})
-                (gates / "claimed_again").touch()
         return claim(connection, tables, **parameters)
 
     store.claim = claim_found

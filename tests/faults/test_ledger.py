@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from faults import ledger
+from faults.bugs import STRUCK
 from faults.campaign import enqueue_load, runs_started, wait_for_status, wait_until_all_final
 from faults.fleet import Fleet
 from sqlalchemy.orm import Session
@@ -65,7 +66,7 @@ def two_workers_look_for_jobs_at_once(pgq: PgQueue, fleet: Fleet, bug: str | Non
     fleet.workers(2, bug=bug)
     enqueue(pgq, "charge")
     if bug:
-        wait_for((fleet.gates / "claimed_again").exists, "the second worker to claim the same job")
+        wait_for((fleet.gates / STRUCK).exists, "the second worker to claim the same job")
     wait_until_all_final(pgq)
 
 
@@ -91,6 +92,7 @@ def test_the_ledger_balances_without_the_bug_and_names_what_the_bug_did(
     with_bug = ledger.audit(pgq)
 
     assert without == []
+    assert (fleet.gates / STRUCK).exists(), "the code of the bug was never run"
     assert any(finding in problem for problem in with_bug), with_bug
 
 

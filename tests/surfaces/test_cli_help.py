@@ -137,6 +137,7 @@ def test_every_error_of_pgqueue_has_an_exit_code_that_the_help_names() -> None:
         "ResultTimeout": 1,
         "JobFailed": 1,
         "JobCancelled": 1,
+        "ProcessDied": 1,
         "ConfigurationError": 2,
         "InvalidTask": 2,
         "InvalidPayload": 2,

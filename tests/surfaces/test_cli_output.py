@@ -45,11 +45,17 @@ JOB_KEYS = [
     "created_at",
     "claimed_at",
     "finished_at",
+    "rate_key",
+    "waits_for",
+    "slot",
+    "leads_order",
+    "cancel_requested_at",
+    "prune_at",
 ]
 EVENT_KEYS = ["id", "at", "job_id", "queue", "task", "event", "actor", "attempt"]
-EVENT_KEYS += ["from_status", "to_status", "reason", "error"]
+EVENT_KEYS += ["from_status", "to_status", "reason", "error", "worker", "claimed_at"]
 QUEUE_KEYS = ["queue", "ready", "scheduled", "retrying", "running", "completed", "dead", "cancelled"]
-QUEUE_KEYS += ["oldest_ready_seconds", "paused", "paused_until"]
+QUEUE_KEYS += ["oldest_ready_seconds", "paused", "paused_until", "estimated"]
 WORKER_KEYS = ["id", "host", "pid", "version", "queues", "tasks", "started_at", "heartbeat_at", "silent_seconds"]
 
 

@@ -19,6 +19,7 @@ from working import Gate, enqueue, enqueue_many, events, statuses, table, wait_f
 
 from pgqueue import PgQueue, current_job, loop, store
 from pgqueue import engine as engine_module
+from pgqueue.schema import Tables
 
 GONE, BACK = "the database cannot be used", "the database can be used again"
 
@@ -299,15 +300,15 @@ def test_a_file_that_is_locked_for_long_is_an_outage_that_is_overcome(
 def test_a_failure_that_is_not_the_databases_is_logged_once_with_its_traceback_until_it_is_over(
     pgq: PgQueue, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sweep, tries = store.sweep, []
+    upkeep, tries = store.upkeep, []
 
-    def fail_three_times(*arguments: Any, **settings: Any) -> store.SweepResult:
+    def fail_three_times(connection: sa.Connection, tables: Tables) -> tuple[bool, bool, bool]:
         tries.append(1)
         if len(tries) <= 3:
             raise ZeroDivisionError("a bug")
-        return sweep(*arguments, **settings)
+        return upkeep(connection, tables)
 
-    monkeypatch.setattr(store, "sweep", fail_three_times)
+    monkeypatch.setattr(store, "upkeep", fail_three_times)
 
     @pgq.task
     def work() -> None: ...
