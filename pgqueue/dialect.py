@@ -445,8 +445,11 @@ def first_of_each(
     matches: sa.ColumnElement[bool],
     order: Sequence[sa.ColumnElement[Any]],
 ) -> sa.Select[Any]:
-    """The ids of the first `wanted.n` rows of the table that match each row of `wanted`; locked where that can be done
-    without waiting."""
+    """The ids of the first `wanted.n` rows of the table that match each row of `wanted`, locked where that can be done
+    without waiting; the columns of `wanted`; and `there`, how many match, counted up to `wanted.n`.
+
+    When fewer are found than are there, others have locked some. In that case the id may be NULL.
+    """
     if dialect_name == POSTGRESQL:
         found = (
             sa.select(table.c.id)
@@ -457,14 +460,23 @@ def first_of_each(
             .correlate(wanted)
             .lateral("first")
         )
-        return sa.select(found.c.id).select_from(wanted.join(found, sa.true()))
+        some = sa.select(table.c.id).where(matches).limit(wanted.c.n).correlate(wanted).subquery("some")
+        there = sa.select(sa.func.count().label("there")).select_from(some).correlate(wanted).lateral("counted")
+        return (
+            sa.select(found.c.id, *wanted.c, there.c.there)
+            .select_from(wanted.join(there, sa.true()).outerjoin(found, sa.true()))
+            .where(there.c.there > 0)
+        )
     numbered = (
         sa.select(
             table.c.id,
-            wanted.c.n,
+            *wanted.c,
             sa.func.row_number().over(partition_by=[*wanted.c], order_by=list(order)).label("number"),
         )
         .select_from(wanted.join(table, matches))
         .subquery("numbered")
     )
-    return sa.select(numbered.c.id).where(numbered.c.number <= numbered.c.n)
+    columns = [numbered.c[column.name] for column in wanted.c]
+    return sa.select(numbered.c.id, *columns, sa.literal_column("0").label("there")).where(
+        numbered.c.number <= numbered.c.n
+    )

@@ -264,23 +264,38 @@ def _offer(connection: sa.Connection, tables: Tables, freed: Sequence[Any], queu
     slots: Counter[tuple[str, str]] = Counter()
     led: dict[str, list[int]] = {}
     for row in freed:
-        slots[row.task, WAITS_FOR_TASK] += 1
-        if row.concurrency_key is not None:
-            slots[row.task, WAITS_FOR_KEY + row.concurrency_key] += 1
+        slots.update(_slots_of(row))
         if row.ordering_key is not None and row.queue == queue:
             led.setdefault(row.ordering_key, []).append(row.id)
+    jobs = tables.jobs
     if len(slots) < SLOTS_MANY or _anyone_waits(connection, tables, {task for task, _ in slots}):
-        _offer_slots(connection, tables, slots)
+        missed = _offer_slots(connection, tables, slots).missed
+        # Somebody has locked those that are next: find so many of these jobs again in the next claim.
+        unoffered = []
+        for row in freed if missed else ():
+            left = [slot for slot in _slots_of(row) if missed[slot] > 0]
+            missed.subtract(left)
+            unoffered += [row.id] if left else []
+        if unoffered:
+            connection.execute(
+                sa.update(jobs).where(id_among(jobs.c.id, IDS), jobs.c.status != RUNNING).values(slot=HELD),
+                {"ids": unoffered},
+            )
     if led:
         leaders = _leaders_of(connection, tables, queue, led)
         leading = set(connection.execute(_lead(tables), {"ids": sorted(leaders.values())}).scalars())
-        # Somebody has locked the next one: find these jobs again in the next claim.
+        # Likewise.
         again = [job_id for key, leader in leaders.items() if leader not in leading for job_id in led[key]]
         if again:
-            jobs = tables.jobs
             connection.execute(
                 sa.update(jobs).where(id_among(jobs.c.id, IDS)).values(leads_order=sa.true()), {"ids": again}
             )
+
+
+def _slots_of(row: Any) -> list[tuple[str, str]]:
+    """What a job holds while it runs: of its task, and of its key."""
+    of_task = [(row.task, WAITS_FOR_TASK)]
+    return of_task if row.concurrency_key is None else [*of_task, (row.task, WAITS_FOR_KEY + row.concurrency_key)]
 
 
 def _anyone_waits(connection: sa.Connection, tables: Tables, tasks: Iterable[str]) -> bool:
@@ -297,18 +312,29 @@ def _leaders_of(connection: sa.Connection, tables: Tables, queue: str, keys: Ite
     return {row.key: row.id for row in found if row.id is not None}
 
 
-def _offer_slots(
-    connection: sa.Connection, tables: Tables, slots: Mapping[tuple[str, str], int]
-) -> Counter[tuple[str, str]]:
-    """Let the next so many jobs that wait for each of these be judged again; how many there were, by task and rate
-    key."""
+@dataclass(frozen=True, slots=True)
+class _Offered:
+    """How many jobs were let go, by their task and what they waited for; and how many others have locked, so that they
+    have to be found again."""
+
+    jobs: Counter[tuple[str, str]]
+    missed: Counter[tuple[str, str]]
+
+
+def _offer_slots(connection: sa.Connection, tables: Tables, slots: Mapping[tuple[str, str], int]) -> _Offered:
+    """Let the next so many jobs that wait for each of these be judged again."""
     document = json.dumps([{"task": task, "waits_for": what, "n": n} for (task, what), n in sorted(slots.items())])
-    found = connection.execute(_offer_waiting(tables), {"slots": document})
-    return Counter((row.task, row.rate_key or "") for row in found)
+    rows = connection.execute(_next_waiting(tables), {"slots": document}).all()
+    ids = sorted(row.id for row in rows if row.id is not None)
+    if ids:
+        connection.execute(_let_be_judged(tables), {"ids": ids})
+    found = Counter((row.task, row.waits_for) for row in rows if row.id is not None)
+    there = Counter({(row.task, row.waits_for): row.there for row in rows})
+    return _Offered(found, there - found)
 
 
 @cache
-def _offer_waiting(tables: Tables) -> sa.Update:
+def _next_waiting(tables: Tables) -> sa.Select[Any]:
     jobs = tables.jobs
     slots = dialect.rows(
         tables.dialect_name,
@@ -317,19 +343,19 @@ def _offer_waiting(tables: Tables) -> sa.Update:
         sa.column("waits_for", sa.Text),
         sa.column("n", sa.Integer),
     )
-    first = dialect.first_of_each(
+    return dialect.first_of_each(
         tables.dialect_name,
         jobs,
         slots,
         sa.and_(jobs.c.task == slots.c.task, jobs.c.waits_for == slots.c.waits_for),
         [jobs.c.priority.desc(), jobs.c.run_at, jobs.c.id],
     )
-    return (
-        sa.update(jobs)
-        .where(id_in(jobs.c.id, first.scalar_subquery()))
-        .values(waits_for=sa.null(), slot=OFFERED)
-        .returning(jobs.c.task, jobs.c.rate_key)
-    )
+
+
+@cache
+def _let_be_judged(tables: Tables) -> sa.Update:
+    jobs = tables.jobs
+    return sa.update(jobs).where(id_among(jobs.c.id, IDS)).values(waits_for=sa.null(), slot=OFFERED)
 
 
 def _let_go(connection: sa.Connection, tables: Tables, gates: _Gates) -> None:
@@ -343,7 +369,9 @@ def _let_go(connection: sa.Connection, tables: Tables, gates: _Gates) -> None:
             "no_rate": kept.rate is None,
             "limit": FREED_JOBS_MAX,
         }
-        if connection.execute(_release(tables), lifted).rowcount < FREED_JOBS_MAX:
+        connection.execute(_release(tables), lifted)
+        # Not only when there are many: somebody may have locked one.
+        if not connection.execute(_anything_to_release(tables), lifted).scalar_one():
             limits = tables.limits
             connection.execute(
                 sa.update(limits).where(limits.c.scope == TASK, limits.c.name == task).values(releasing=sa.false())
@@ -353,26 +381,36 @@ def _let_go(connection: sa.Connection, tables: Tables, gates: _Gates) -> None:
 @cache
 def _release(tables: Tables) -> sa.Update:
     jobs = tables.jobs
-
-    def lifted(parameter: str, condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
-        return sa.and_(sa.bindparam(parameter, type_=sa.Boolean()), condition)
-
     waiting = (
         sa.select(jobs.c.id)
-        .where(
-            jobs.c.task == sa.bindparam("of_task", type_=sa.Text()),
-            jobs.c.waits_for.is_not(None),
-            sa.or_(
-                lifted("no_task", jobs.c.waits_for == WAITS_FOR_TASK),
-                lifted("no_key", jobs.c.waits_for.like(f"{WAITS_FOR_KEY}%")),
-                lifted("no_rate", jobs.c.waits_for.like(f"{WAITS_FOR_RATE}%")),
-            ),
-        )
+        .where(_waits_for_what_was_lifted(tables))
         .order_by(jobs.c.waits_for, jobs.c.priority.desc(), jobs.c.run_at, jobs.c.id)
         .limit(sa.bindparam("limit", type_=sa.Integer()))
         .with_for_update(skip_locked=True)
     )
     return sa.update(jobs).where(id_in(jobs.c.id, waiting.scalar_subquery())).values(waits_for=sa.null())
+
+
+@cache
+def _anything_to_release(tables: Tables) -> sa.Select[Any]:
+    return sa.select(sa.exists().where(_waits_for_what_was_lifted(tables)))
+
+
+def _waits_for_what_was_lifted(tables: Tables) -> sa.ColumnElement[bool]:
+    jobs = tables.jobs
+
+    def lifted(parameter: str, condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+        return sa.and_(sa.bindparam(parameter, type_=sa.Boolean()), condition)
+
+    return sa.and_(
+        jobs.c.task == sa.bindparam("of_task", type_=sa.Text()),
+        jobs.c.waits_for.is_not(None),
+        sa.or_(
+            lifted("no_task", jobs.c.waits_for == WAITS_FOR_TASK),
+            lifted("no_key", jobs.c.waits_for.like(f"{WAITS_FOR_KEY}%")),
+            lifted("no_rate", jobs.c.waits_for.like(f"{WAITS_FOR_RATE}%")),
+        ),
+    )
 
 
 # Tokens ----------------------------------------------------------------------------------------------------
@@ -390,13 +428,13 @@ def _offer_tokens(connection: sa.Connection, tables: Tables, gates: _Gates) -> f
     if ripe:
         wanted = {}
         for row in ripe:
-            tokens = _tokens(row.tokens, row.seconds, *rates["task", row.name])
-            wanted[row.name, WAITS_FOR_RATE + row.key] = max(1, min(int(tokens), FREED_JOBS_MAX))
-        found = _offer_slots(connection, tables, wanted)
+            have = _tokens(row.tokens, row.seconds, *rates["task", row.name])
+            wanted[row.name, WAITS_FOR_RATE + row.key] = max(1, min(int(have), FREED_JOBS_MAX))
+        offered = _offer_slots(connection, tables, wanted)
         settled = [
-            {"name": row.name, "key": row.key}
-            for row in ripe
-            if found[row.name, row.key] < wanted[row.name, WAITS_FOR_RATE + row.key]
+            {"name": name, "key": what.removeprefix(WAITS_FOR_RATE)}
+            for (name, what), tokens in wanted.items()
+            if offered.jobs[name, what] < tokens and not offered.missed[name, what]
         ]
         if settled:
             connection.execute(_settle(tables), {"settled": json.dumps(settled)})

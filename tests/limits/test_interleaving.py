@@ -1,0 +1,66 @@
+"""Claims that keep limits, while another transaction has a row in its hands: nobody is forgotten."""
+
+from __future__ import annotations
+
+import pytest
+from limited import claim, ids, put
+
+from pgqueue import PgQueue
+
+
+def test_a_free_slot_is_kept_for_a_waiting_job_that_somebody_has_locked(pg: PgQueue) -> None:
+    (_, waits) = put(pg, pg.external_task("few", concurrency=1), 2)
+    (holder,) = claim(pg)
+    assert claim(pg) == [], "the second one waits"
+
+    with pg.engine.connect() as connection:
+        pg.edit(waits, priority=3, session=connection)
+        pg.ack(holder)
+        assert claim(pg) == []
+        connection.commit()
+
+    assert ids(claim(pg)) == [waits]
+
+
+def test_a_free_slot_of_a_key_is_kept_for_a_waiting_job_that_somebody_has_locked(pg: PgQueue) -> None:
+    pg.set_limits(task="work", key_concurrency=1)
+    (_, waits) = put(pg, pg.external_task("work"), 2, concurrency_key="a")
+    (holder,) = claim(pg)
+    assert claim(pg) == [], "the second one waits"
+
+    with pg.engine.connect() as connection:
+        pg.edit(waits, priority=3, session=connection)
+        pg.ack(holder)
+        assert claim(pg) == []
+        connection.commit()
+
+    assert ids(claim(pg)) == [waits]
+
+
+def test_a_token_is_kept_for_a_waiting_job_that_somebody_has_locked(pg: PgQueue) -> None:
+    pg.set_limits(task="work", rate=0.001, burst=1)
+    (first, waits) = put(pg, pg.external_task("work"), 2)
+    assert ids(claim(pg)) == [first]
+    pg.set_limits(task="work", rate=1e6)
+
+    with pg.engine.connect() as connection:
+        pg.edit(waits, priority=3, session=connection)
+        assert claim(pg) == []
+        connection.commit()
+
+    assert ids(claim(pg)) == [waits]
+
+
+@pytest.mark.parametrize("limit", [{"concurrency": 1}, {"rate": 0.001, "burst": 1}])
+def test_a_lifted_limit_lets_a_job_go_that_somebody_has_locked(pg: PgQueue, limit: dict[str, float]) -> None:
+    pg.set_limits(task="work", **limit)
+    (first, waits) = put(pg, pg.external_task("work"), 2)
+    assert ids(claim(pg)) == [first]
+
+    with pg.engine.connect() as connection:
+        pg.edit(waits, priority=3, session=connection)
+        pg.set_limits(task="work", **dict.fromkeys(limit))
+        assert claim(pg) == []
+        connection.commit()
+
+    assert ids(claim(pg)) == [waits]
