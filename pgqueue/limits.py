@@ -3,7 +3,7 @@
 All of it happens in the claim. A claim from a queue with limits locks the rows of `limits` that concern it, so it is
 the only one that decides about them; then it
 
-1. finds slots that came free: jobs that hold one and run no more, whatever ended them, stand in the index `freed`;
+1. finds slots that came free: jobs that hold one and run no more, whatever ended them, are found by the index `slots`;
 2. offers each of these to the next job that waits for it;
 3. looks at the due jobs, lets `admission.admit` decide which of them may start, and claims those;
 4. sets the others aside (`waits_for`), out of the index that claims go by, until a later claim offers them a slot.
@@ -12,7 +12,7 @@ So a job that waits costs later claims nothing, however many there are, and neit
 cancelling has to know about limits: a slot is in use exactly while its job is running, and cannot leak.
 
 What keeps waiting jobs from waiting for ever: for each slot that a waiting job waits for there is a job that holds it
-or was offered it. Whichever way that job leaves, it enters the index `freed`, and the offer goes on to the next.
+or was offered it. Whichever way that job leaves, it is found as they are, and the offer goes on to the next.
 Those who wait behind an earlier job of their ordering key are offered their turn when that one is final; it is marked
 (`leads_order`) under its row's lock when the first one waits behind it.
 """
@@ -238,10 +238,8 @@ def _find_freed(tables: Tables) -> sa.Update:
     freed = (
         sa.select(jobs.c.id)
         .where(
-            sa.or_(
-                sa.and_(jobs.c.slot == HELD, jobs.c.status != RUNNING),
-                sa.and_(sa.or_(jobs.c.slot == OFFERED, jobs.c.leads_order), final),
-            ),
+            sa.or_(jobs.c.slot.is_not(None), jobs.c.leads_order),  # as the index has it
+            sa.or_(final, sa.and_(jobs.c.status == PENDING, jobs.c.slot == HELD)),
             sa.or_(sa.and_(jobs.c.slot.is_not(None), of_slot), sa.and_(jobs.c.leads_order, jobs.c.queue == queue)),
         )
         .order_by(jobs.c.id)
@@ -676,7 +674,7 @@ def _leaders(tables: Tables) -> sa.Select[Any]:
     one = sa.select(jobs.c.id).limit(1).correlate(keys)
     # One that was replayed may be earlier than the one that runs.
     running = one.where(of_key, jobs.c.status == RUNNING).scalar_subquery()
-    first = one.where(of_key, sa.text("status IN ('pending', 'running')")).order_by(jobs.c.id).scalar_subquery()
+    first = one.where(of_key, jobs.c.status == PENDING).order_by(jobs.c.id).scalar_subquery()
     return sa.select(keys.c.key, sa.func.coalesce(running, first).label("id"))
 
 

@@ -243,14 +243,7 @@ def _jobs(metadata: sa.MetaData, prefix: str) -> sa.Table:
         _partial(prefix, "dead", "id", where="status = 'dead'"),
         _partial(prefix, "cancelled", "id", where="status = 'cancelled'"),
         # Limits: how many jobs hold a slot, which slots came free, and who is next. Jobs without limits are in none.
-        _partial(prefix, "slots", "task", "concurrency_key", where="slot = 'held' AND status = 'running'"),
-        _partial(
-            prefix,
-            "freed",
-            "id",
-            where="(slot = 'held' AND status <> 'running')"
-            " OR ((slot = 'offered' OR leads_order) AND status IN ('completed', 'dead', 'cancelled'))",
-        ),
+        _partial(prefix, "slots", "status", "slot", "task", "concurrency_key", where="slot IS NOT NULL OR leads_order"),
         _partial(
             prefix,
             "waiting",
@@ -266,10 +259,10 @@ def _jobs(metadata: sa.MetaData, prefix: str) -> sa.Table:
             "order",
             "queue",
             "ordering_key",
+            "status",
             "id",
             where="ordering_key IS NOT NULL AND status IN ('pending', 'running')",
         ),
-        _partial(prefix, "turn", "queue", "ordering_key", where="ordering_key IS NOT NULL AND status = 'running'"),
         _partial(prefix, "expiry", "expires_at", where="expires_at IS NOT NULL AND status = 'pending'"),
         _partial(prefix, "cancelling", "claimed_by", where="cancel_requested_at IS NOT NULL AND status = 'running'"),
         _partial(prefix, "prune", "prune_at", where="prune_at IS NOT NULL"),

@@ -26,16 +26,13 @@ CLAIM_COLUMNS = ["queue", sa.text("priority DESC"), "run_at", "id"]
 
 #: Further indexes of jobs.
 INDEXES: list[tuple[str, list[Any], str]] = [
-    ("slots", ["task", "concurrency_key"], "slot = 'held' AND status = 'running'"),
-    (
-        "freed",
-        ["id"],
-        "(slot = 'held' AND status <> 'running')"
-        " OR ((slot = 'offered' OR leads_order) AND status IN ('completed', 'dead', 'cancelled'))",
-    ),
+    ("slots", ["status", "slot", "task", "concurrency_key"], "slot IS NOT NULL OR leads_order"),
     ("waiting", ["task", "waits_for", sa.text("priority DESC"), "run_at", "id"], "waits_for IS NOT NULL"),
-    ("order", ["queue", "ordering_key", "id"], "ordering_key IS NOT NULL AND status IN ('pending', 'running')"),
-    ("turn", ["queue", "ordering_key"], "ordering_key IS NOT NULL AND status = 'running'"),
+    (
+        "order",
+        ["queue", "ordering_key", "status", "id"],
+        "ordering_key IS NOT NULL AND status IN ('pending', 'running')",
+    ),
     ("expiry", ["expires_at"], "expires_at IS NOT NULL AND status = 'pending'"),
     ("cancelling", ["claimed_by"], "cancel_requested_at IS NOT NULL AND status = 'running'"),
     ("prune", ["prune_at"], "prune_at IS NOT NULL"),
