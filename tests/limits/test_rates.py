@@ -122,3 +122,12 @@ def test_a_worker_waits_for_the_next_token_and_no_longer(pgq: PgQueue) -> None:
 def test_a_rate_that_cannot_be_is_refused(arguments: dict[str, object], complaint: str) -> None:
     with pytest.raises(ConfigurationError, match=complaint):
         Rate(**arguments)  # type: ignore[arg-type]
+
+
+def test_where_more_may_run_at_once_than_may_start_the_rate_caps_a_burst_and_the_other_way_round(pgq: PgQueue) -> None:
+    hurried = put(pgq, pgq.external_task("hurried", concurrency=10, rate=Rate(1, per="hour", burst=3)), 12)
+    narrow = put(pgq, pgq.external_task("narrow", concurrency=2, rate=Rate(1, per="hour", burst=9)), 12)
+
+    claimed = claim(pgq)
+
+    assert ids(claimed) == [*hurried[:3], *narrow[:2]]

@@ -149,6 +149,7 @@ def test_the_lines_of_the_readme_work_with_three_workers(system: System, curl: P
         {"sent": True, "to": "user@example.com"},
         {"processed": True, "url": "https://example.com/image.jpg"},
     )
+    assert jobs[3].result == {"generated": True, "format": "pdf"}
     assert {jobs[number].status for number in range(1, 14)} == {JobStatus.COMPLETED}
     assert (jobs[13].priority, jobs[14].status) == (10, JobStatus.PENDING)
     assert (jobs[15].status, jobs[15].attempt, jobs[15].error["message"]) == (JobStatus.DEAD, 2, "KeyError: 'url'")
@@ -200,6 +201,18 @@ def test_when_a_worker_is_killed_half_way_the_others_do_everything(system: Syste
     assert {job.claimed_by for job in jobs.values()} == {"worker-2", "worker-3"}
     assert (jobs[int(held)].attempt, jobs[int(held)].retries) == (2, 1)
     assert {job.attempt for number, job in jobs.items() if number != int(held)} == {1}
+
+
+def test_what_fails_by_chance_is_retried(system: System) -> None:
+    system.serve()
+    with system.pgq.begin() as connection:
+        system.pgq.external_task("report").enqueue(connection)
+
+    worker = system.work("worker-1", FAIL_RATE="1")
+    wait_for(lambda: "job 1 is pending" in worker.output(), "the job to fail")
+
+    job = system.jobs()[1]
+    assert (job.retries, job.error["message"]) == (1, "RuntimeError: no luck")
 
 
 def test_workers_outlast_their_server(system: System) -> None:
