@@ -153,6 +153,7 @@ class Candidate:
     concurrency_key: str | None = None
     ordering_key: str | None = None
     rate_key: str | None = None
+    offered: bool = False  #: whether it was offered a slot
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,11 +157,12 @@ def claim(
         in_use = _in_use(connection, tables, gates, candidates)
         decision = admit(candidates, want=want, queue_name=queue, queue=gates.queue, tasks=gates.tasks, in_use=in_use)
         claimed += _take(connection, tables, gates, decision, queue=queue, worker=worker, token=token, lease=lease)
-        _set_aside(connection, tables, decision)
+        set_aside = _set_aside(connection, tables, decision)
+        passed_on = _pass_on_offers(connection, tables, candidates, set_aside)
         tokens_come.append(_spend(connection, tables, gates, decision, in_use.tokens))
         if len(decision.admitted) + len(decision.waits) < len(candidates) or len(claimed) == limit:
             break  # it has what it wants, or what the queue's own limits allow
-        if len(candidates) < want + LOOK_AHEAD:
+        if len(candidates) < want + LOOK_AHEAD and not passed_on:
             if not promoting:
                 break  # it has looked at all
             promoting = False
@@ -259,35 +260,43 @@ def _find_freed(tables: Tables) -> sa.Update:
 
 def _offer(connection: sa.Connection, tables: Tables, freed: Sequence[Any], queue: str) -> None:
     """Offer what these jobs leave: their slots, and their turns where they are of this queue."""
-    slots: Counter[tuple[str, str]] = Counter()
+    _pass_on(connection, tables, {row.id: _slots_of(row) for row in freed})
     led: dict[str, list[int]] = {}
     for row in freed:
-        slots.update(_slots_of(row))
         if row.ordering_key is not None and row.queue == queue:
             led.setdefault(row.ordering_key, []).append(row.id)
-    jobs = tables.jobs
-    if len(slots) < SLOTS_MANY or _anyone_waits(connection, tables, {task for task, _ in slots}):
-        missed = _offer_slots(connection, tables, slots).missed
-        # Somebody has locked those that are next: find so many of these jobs again in the next claim.
-        unoffered = []
-        for row in freed if missed else ():
-            left = [slot for slot in _slots_of(row) if missed[slot] > 0]
-            missed.subtract(left)
-            unoffered += [row.id] if left else []
-        if unoffered:
-            connection.execute(
-                sa.update(jobs).where(id_among(jobs.c.id, IDS), jobs.c.status != RUNNING).values(slot=HELD),
-                {"ids": unoffered},
-            )
     if led:
         leaders = _leaders_of(connection, tables, queue, led)
         leading = set(connection.execute(_lead(tables), {"ids": sorted(leaders.values())}).scalars())
-        # Likewise.
+        # Somebody has locked the next one: find these jobs again in the next claim.
         again = [job_id for key, leader in leaders.items() if leader not in leading for job_id in led[key]]
         if again:
+            jobs = tables.jobs
             connection.execute(
                 sa.update(jobs).where(id_among(jobs.c.id, IDS)).values(leads_order=sa.true()), {"ids": again}
             )
+
+
+def _pass_on(connection: sa.Connection, tables: Tables, left: Mapping[int, Sequence[tuple[str, str]]]) -> bool:
+    """Offer the slots that each of these jobs leaves; whether there was a job for any."""
+    slots: Counter[tuple[str, str]] = Counter()
+    for of_job in left.values():
+        slots.update(of_job)
+    if len(slots) >= SLOTS_MANY and not _anyone_waits(connection, tables, {task for task, _ in slots}):
+        return False
+    offered = _offer_slots(connection, tables, slots)
+    missed, again = offered.missed, []
+    for job_id, of_job in left.items() if missed else ():
+        locked = [slot for slot in of_job if missed[slot] > 0]
+        missed.subtract(locked)
+        again += [job_id] if locked else []
+    if again:
+        # Somebody has locked those that are next: find so many of these jobs again in the next claim.
+        jobs = tables.jobs
+        connection.execute(
+            sa.update(jobs).where(id_among(jobs.c.id, IDS), jobs.c.status != RUNNING).values(slot=HELD), {"ids": again}
+        )
+    return bool(offered.jobs)
 
 
 def _slots_of(row: Any) -> list[tuple[str, str]]:
@@ -574,8 +583,10 @@ def _due(
     if tasks is not None:
         parameters["tasks"] = list(tasks)
     rows = connection.execute(_due_jobs(tables, tasks is not None, flush), parameters)
-    found = {row.id: Candidate(row.id, row.task, row.concurrency_key, row.ordering_key, row.rate_key) for row in rows}
-    return list(found.values())
+    return [
+        Candidate(row.id, row.task, row.concurrency_key, row.ordering_key, row.rate_key, row.slot is not None)
+        for row in {row.id: row for row in rows}.values()
+    ]
 
 
 @cache
@@ -583,7 +594,7 @@ def _due_jobs(tables: Tables, of_tasks: bool, flush: bool) -> sa.Select[Any]:
     jobs = tables.jobs
     queue = sa.bindparam("of_queue", type_=sa.Text())
     waited = sa.bindparam("waited", type_=sa.Float())
-    columns = [jobs.c.id, jobs.c.task, jobs.c.concurrency_key, jobs.c.ordering_key, jobs.c.rate_key]
+    columns = [jobs.c.id, jobs.c.task, jobs.c.concurrency_key, jobs.c.ordering_key, jobs.c.rate_key, jobs.c.slot]
     return dialect.due(
         tables.dialect_name,
         jobs,
@@ -710,8 +721,8 @@ def _take_jobs(tables: Tables, all_hold: bool) -> sa.Update:
     )
 
 
-def _set_aside(connection: sa.Connection, tables: Tables, decision: Admission) -> None:
-    """Move what has to wait out of the way of claims."""
+def _set_aside(connection: sa.Connection, tables: Tables, decision: Admission) -> dict[int, str]:
+    """Move what has to wait out of the way of claims; what each of them waits for."""
     waits = decision.waits
     if decision.behind:
         leaders = sorted(set(decision.behind.values()))
@@ -721,6 +732,27 @@ def _set_aside(connection: sa.Connection, tables: Tables, decision: Admission) -
     if waits:
         document = json.dumps([{"id": job_id, "waits_for": what} for job_id, what in sorted(waits.items())])
         connection.execute(_wait(tables), {"waits": document})
+    return waits
+
+
+def _pass_on_offers(
+    connection: sa.Connection, tables: Tables, candidates: Sequence[Candidate], waits: Mapping[int, str]
+) -> bool:
+    """Where a job that was offered a slot has to wait for something else, offer the slot to the next; whether there
+    was a job to offer it to.
+
+    One that waits for its task keeps the offer: until then no other job of its key could start either.
+    """
+    left = {
+        job.id: [slot for slot in _slots_of(job) if slot[1] != waits[job.id]]
+        for job in candidates
+        if job.offered and waits.get(job.id, WAITS_FOR_TASK) != WAITS_FOR_TASK
+    }
+    if not left:
+        return False
+    jobs = tables.jobs
+    connection.execute(sa.update(jobs).where(id_among(jobs.c.id, IDS)).values(slot=sa.null()), {"ids": sorted(left)})
+    return _pass_on(connection, tables, left)
 
 
 @cache

@@ -240,6 +240,43 @@ def test_a_job_that_leads_its_key_keeps_it_when_it_is_replaced(pgq: PgQueue) -> 
     assert ids(claim(pgq)) == [behind]
 
 
+def test_a_slot_offered_to_a_job_that_has_to_wait_for_its_turn_goes_on_to_the_next(pgq: PgQueue) -> None:
+    task = pgq.external_task("few", concurrency=1)
+    (first,) = put(pgq, task, ordering_key="x")
+    pgq.nack(claim(pgq), dead=True, error="no")
+    put(pgq, task)
+    (holder,) = claim(pgq)
+    (later,) = put(pgq, task, ordering_key="x", priority=9)
+    assert claim(pgq) == [], "the later one waits for the slot"
+    pgq.replay(first)
+    assert claim(pgq) == [], "and so does the first, whose turn it is now"
+
+    pgq.ack(holder)
+
+    (turn,) = claim(pgq)
+    assert turn.id == first
+    pgq.ack(turn)
+    assert ids(claim(pgq)) == [later]
+
+
+def test_a_backlog_of_one_key_that_waits_for_the_task_does_not_keep_slots_from_others(pgq: PgQueue) -> None:
+    pgq.set_limits(task="work", concurrency=3, key_concurrency=1)
+    task = pgq.external_task("work")
+    for key in "xyz":
+        put(pgq, task, concurrency_key=key)
+    holders = claim(pgq)
+    assert len(holders) == 3
+    put(pgq, task, 20, concurrency_key="a")
+    others = [put(pgq, task, concurrency_key=key)[0] for key in "bc"]
+    assert claim(pgq) == [], "all wait for a slot of the task"
+
+    pgq.ack(holders)
+
+    started = ids([job for _ in range(5) for job in claim(pgq)])
+    assert len(started) == 3
+    assert set(others) < set(started)
+
+
 # Changes while jobs run ------------------------------------------------------------------------------------
 
 
