@@ -143,6 +143,8 @@ class PgQueue:
         self._look_for_expired_at = 0.0  # monotonic; the low-level claim does it now and then
         self._wake_sender = self._new_wake_sender()
         self._listeners = Listeners()
+        #: Told of the transaction after each enqueue there; `testing.inline` puts it here.
+        self._after_enqueue: Callable[[Session | sa.Connection, sa.Connection], None] | None = None
         self._enqueue_middleware: list[EnqueueMiddleware] = []
         self._run_middleware: list[RunMiddleware] = []
         _queues.add(self)
@@ -1795,6 +1797,8 @@ class Task(Generic[P, R]):
             _tell_enqueued(self.pgq._listeners, connection, [result.id], job, [job.payload_json])
         # The caller's transaction, to say so when somebody asks for the job before it is committed.
         transaction = open_root(connection) if result.inserted else None
+        if self.pgq._after_enqueue is not None:
+            self.pgq._after_enqueue(target, connection)
         return JobHandle(result.id, result.inserted, queue=self.pgq, transaction=transaction)
 
     def _insert_many(
@@ -1831,6 +1835,8 @@ class Task(Generic[P, R]):
             self._wake(target, connection, template.queue)
         if ids and EventName.ENQUEUED in self.pgq._listeners.wanted:
             _tell_enqueued(self.pgq._listeners, connection, ids, template, encoded)
+        if self.pgq._after_enqueue is not None:
+            self.pgq._after_enqueue(target, connection)
         return returned
 
     def _prepare(

@@ -154,6 +154,25 @@ def _(element: seconds_since, compiler: SQLCompiler, **kw: Any) -> str:
     return f"((julianday('now') - julianday({compiler.process(element.clauses, **kw)})) * 86400.0)"
 
 
+class seconds_before(FunctionElement[datetime]):
+    """A moment (an expression), so many seconds (another) earlier."""
+
+    type = UTCDateTime()
+    inherit_cache = True
+
+
+@compiles(seconds_before, POSTGRESQL)
+def _(element: seconds_before, compiler: SQLCompiler, **kw: Any) -> str:
+    moment, seconds = (compiler.process(clause, **kw) for clause in element.clauses)
+    return f"{moment} - make_interval(secs => CAST({seconds} AS double precision))"
+
+
+@compiles(seconds_before, SQLITE)
+def _(element: seconds_before, compiler: SQLCompiler, **kw: Any) -> str:
+    moment, seconds = (compiler.process(clause, **kw) for clause in element.clauses)
+    return f"strftime('%Y-%m-%d %H:%M:%f', {moment}, printf('%+.3f seconds', -({seconds})))"
+
+
 class json_of(FunctionElement[Any]):
     """JSON text (an expression) as a value for a JSON column."""
 

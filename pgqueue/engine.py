@@ -294,6 +294,12 @@ def idle_milliseconds(seconds: float) -> str:
     return str(min(int(seconds * 1000), IDLE_MILLISECONDS_MAX))
 
 
+def is_aborted(connection: sa.Connection) -> bool:
+    """Whether the server refuses everything but a rollback, because a statement of the transaction has failed."""
+    info = getattr(connection.connection.driver_connection, "info", None)  # as psycopg has it
+    return info is not None and info.transaction_status.name == "INERROR"
+
+
 def describe_url(url: sa.URL) -> str:
     """The URL for people: without the password, and without query values, which may hold one too."""
     return url.set(query={}).render_as_string(hide_password=True)

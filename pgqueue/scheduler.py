@@ -83,6 +83,18 @@ class Scheduler:
             self._prune(connection)
         return LOOK_SECONDS if wait is None else min(wait, LOOK_SECONDS)
 
+    def declare_in(self, connection: sa.Connection) -> None:
+        """Say what the code declares, in the present transaction."""
+        schedules.declare(connection, self._tables, self._declared, starting=True, actor=self._actor)
+
+    def settle_in(self, connection: sa.Connection) -> None:
+        """Settle what is due, in the present transaction; whatever is wrong is raised."""
+        while due := schedules.lock_due(
+            connection, self._tables, tasks=self._task_names, aside=[], limit=SCHEDULES_PER_PASS
+        ):
+            for schedule, moment in due:
+                self._settle_one(connection, schedule, moment)
+
     def _declare(self, connection: sa.Connection) -> None:
         """Say what this worker's code declares, and then, now and then, that it still does."""
         if self._declared:

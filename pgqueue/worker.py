@@ -147,7 +147,7 @@ class WorkerReport:
     swept: int = 0  #: claims of other workers taken back
 
     def count(self, transition: Transition) -> None:
-        name = _COUNTED[transition.event]
+        name = COUNTED[transition.event]
         setattr(self, name, getattr(self, name) + 1)
 
     def __str__(self) -> str:
@@ -155,7 +155,8 @@ class WorkerReport:
         return ", ".join(f"{count} {name}" for name, count in counts if count) or "nothing done"
 
 
-_COUNTED: dict[EventType | None, str] = {
+#: The field of a report that counts attempts with this event.
+COUNTED: dict[EventType | None, str] = {
     None: "completed",
     EventType.RETRY: "retried",
     EventType.DEAD: "dead",
@@ -206,7 +207,7 @@ class Worker:
         self.id = f"{self.config.name or socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self.report = WorkerReport()
         self._definitions = {
-            name: _with_middleware(task.definition, pgq) for name, task in pgq.tasks.items() if not task.external
+            name: with_middleware(task.definition, pgq) for name, task in pgq.tasks.items() if not task.external
         }
         self._listeners = pgq._listeners
         self._task_names = sorted(self._definitions)
@@ -744,7 +745,7 @@ class Worker:
         ending = False
         try:
             with connection, Session(connection, expire_on_commit=False) as session:
-                guard = _CommitGuard(session, connection, definition)
+                guard = CommitGuard(session, connection, definition)
                 outcome = self._execute(definition, job, session)
                 if outcome is None:
                     connection.invalidate()  # the timeout may have struck anywhere in the driver
@@ -783,7 +784,7 @@ class Worker:
                 session = await stack.enter_async_context(AsyncSession(connection, expire_on_commit=False))
                 sync_connection = connection.sync_connection
                 assert sync_connection is not None
-                guard = _CommitGuard(session.sync_session, sync_connection, definition)
+                guard = CommitGuard(session.sync_session, sync_connection, definition)
                 outcome = await execute_async(definition, job, session)
                 if not isinstance(outcome, Completed):
                     await session.rollback()
@@ -1210,7 +1211,8 @@ class Worker:
             await self._async_engine.dispose()
 
 
-def _with_middleware(definition: TaskDefinition, pgq: PgQueue) -> TaskDefinition:
+def with_middleware(definition: TaskDefinition, pgq: PgQueue) -> TaskDefinition:
+    """The task with the queue's middleware around its function."""
     if not pgq._run_middleware:
         return definition
     function = wrapped(definition.function, pgq._run_middleware, is_async=definition.is_async)
@@ -1232,15 +1234,17 @@ def _outcome_of_broken(outcome: Outcome | None, error: BaseException, policy: Re
     return outcome_of(error, policy) if outcome is None or isinstance(outcome, Completed) else outcome
 
 
-class _CommitGuard:
+class CommitGuard:
     """Keeps a transactional task from committing its session or connection itself, which would part its rows from its
     completion."""
 
-    def __init__(self, session: Session, connection: sa.Connection, definition: TaskDefinition) -> None:
+    def __init__(self, session: Session, connection: sa.Connection | None, definition: TaskDefinition) -> None:
+        """connection: of this attempt alone; None: one that goes on afterwards."""
         self.open = False
         self._name = definition.name
         event.listen(session, "before_commit", self._before_commit)
-        event.listen(connection, "commit", self._refuse)
+        if connection is not None:
+            event.listen(connection, "commit", self._refuse)
 
     def _before_commit(self, session: Session) -> None:
         if not session.in_nested_transaction():
