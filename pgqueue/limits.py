@@ -157,7 +157,7 @@ def claim(
         in_use = _in_use(connection, tables, gates, candidates)
         decision = admit(candidates, want=want, queue_name=queue, queue=gates.queue, tasks=gates.tasks, in_use=in_use)
         claimed += _take(connection, tables, gates, decision, queue=queue, worker=worker, token=token, lease=lease)
-        set_aside = _set_aside(connection, tables, decision)
+        set_aside = _set_aside(connection, tables, decision, queue, in_use.leaders)
         passed_on = _pass_on_offers(connection, tables, candidates, set_aside)
         tokens_come.append(_spend(connection, tables, gates, decision, in_use.tokens))
         if len(decision.admitted) + len(decision.waits) < len(candidates) or len(claimed) == limit:
@@ -267,7 +267,7 @@ def _offer(connection: sa.Connection, tables: Tables, freed: Sequence[Any], queu
             led.setdefault(row.ordering_key, []).append(row.id)
     if led:
         leaders = _leaders_of(connection, tables, queue, led)
-        leading = set(connection.execute(_lead(tables), {"ids": sorted(leaders.values())}).scalars())
+        leading = _lead(connection, tables, queue, leaders)
         # Somebody has locked the next one: find these jobs again in the next claim.
         again = [job_id for key, leader in leaders.items() if leader not in leading for job_id in led[key]]
         if again:
@@ -721,12 +721,14 @@ def _take_jobs(tables: Tables, all_hold: bool) -> sa.Update:
     )
 
 
-def _set_aside(connection: sa.Connection, tables: Tables, decision: Admission) -> dict[int, str]:
+def _set_aside(
+    connection: sa.Connection, tables: Tables, decision: Admission, queue: str, leaders: Mapping[str, int]
+) -> dict[int, str]:
     """Move what has to wait out of the way of claims; what each of them waits for."""
     waits = decision.waits
     if decision.behind:
-        leaders = sorted(set(decision.behind.values()))
-        led = set(connection.execute(_lead(tables), {"ids": leaders}).scalars())
+        behind = set(decision.behind.values())
+        led = _lead(connection, tables, queue, {key: leader for key, leader in leaders.items() if leader in behind})
         # The row of a leader that is locked may be final in a moment. Those behind it are judged by the next claim.
         waits = {job_id: what for job_id, what in waits.items() if decision.behind.get(job_id) in (None, *led)}
     if waits:
@@ -755,15 +757,28 @@ def _pass_on_offers(
     return _pass_on(connection, tables, left)
 
 
+def _lead(connection: sa.Connection, tables: Tables, queue: str, leaders: Mapping[str, int]) -> set[int]:
+    """Note that others wait behind these jobs, by ordering key, and let them be judged if they waited themselves; those
+    that lead now. The others are locked, final, or have got another key."""
+    rows = [{"id": job_id, "key": key} for key, job_id in sorted(leaders.items(), key=lambda leader: leader[1])]
+    parameters = {"of_queue": queue, "leaders": json.dumps(rows)}
+    return set(connection.execute(_lead_jobs(tables), parameters).scalars())
+
+
 @cache
-def _lead(tables: Tables) -> sa.Update:
-    """Note that others wait behind these jobs, unless they are final or locked; and a leader waits behind none."""
+def _lead_jobs(tables: Tables) -> sa.Update:
     jobs = tables.jobs
+    leaders = dialect.rows(tables.dialect_name, "leaders", sa.column("id", sa.BigInteger), sa.column("key", sa.Text))
     locked = (
         sa.select(jobs.c.id)
-        .where(id_among(jobs.c.id, IDS), sa.text("status IN ('pending', 'running')"))
-        .order_by(jobs.c.id)
-        .with_for_update(skip_locked=True)
+        .join(leaders, jobs.c.id == leaders.c.id)
+        .where(
+            # An enqueue that replaces a job may have given it another queue or key since it was found.
+            jobs.c.queue == sa.bindparam("of_queue", type_=sa.Text()),
+            jobs.c.ordering_key == leaders.c.key,
+            sa.text("status IN ('pending', 'running')"),
+        )
+        .with_for_update(of=jobs, skip_locked=True)
     )
     return (
         sa.update(jobs)
@@ -812,9 +827,13 @@ def list_limits(connection: sa.Connection, tables: Tables) -> list[LimitsRow]:
     return [row for row in listed if row.limits != Limits() or row.declared_by != CODE]
 
 
-def get_limits(connection: sa.Connection, tables: Tables, scope: Scope, name: str) -> Limits | None:
+def get_limits(
+    connection: sa.Connection, tables: Tables, scope: Scope, name: str, *, lock: bool = False
+) -> Limits | None:
+    """The limits of a queue or a task; with `lock`, nobody else changes them before this transaction ends."""
     limits = tables.limits
-    row = connection.execute(sa.select(limits).where(limits.c.scope == scope, limits.c.name == name)).one_or_none()
+    query = sa.select(limits).where(limits.c.scope == scope, limits.c.name == name)
+    row = connection.execute(query.with_for_update() if lock else query).one_or_none()
     return None if row is None else _limits_of(row)
 
 

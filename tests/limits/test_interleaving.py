@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from limited import claim, ids, put
 
-from pgqueue import PgQueue
+from pgqueue import PgQueue, limits
 
 
 def test_a_free_slot_is_kept_for_a_waiting_job_that_somebody_has_locked(pg: PgQueue) -> None:
@@ -64,3 +66,27 @@ def test_a_lifted_limit_lets_a_job_go_that_somebody_has_locked(pg: PgQueue, limi
         connection.commit()
 
     assert ids(claim(pg)) == [waits]
+
+
+@pytest.mark.parametrize("change", [{"ordering_key": "b"}, {"ordering_key": "a", "queue": "other"}])
+def test_a_leader_that_gets_another_key_at_that_moment_leaves_nobody_behind_it(
+    pg: PgQueue, monkeypatch: pytest.MonkeyPatch, change: dict[str, str]
+) -> None:
+    task = pg.external_task("work")
+    leading = task.using(unique_key="u", on_conflict="replace", delay=3600)
+    with pg.begin() as connection:
+        leader = leading.using(ordering_key="a").enqueue(connection)
+    (behind,) = put(pg, task, ordering_key="a")
+    find_leaders = limits._leaders_of
+
+    def find_leaders_and_be_overtaken(*arguments: Any) -> dict[str, int]:
+        found = find_leaders(*arguments)
+        monkeypatch.setattr(limits, "_leaders_of", find_leaders)
+        with pg.begin() as connection:
+            assert leading.using(**change).enqueue(connection).id == leader.id
+        return found
+
+    monkeypatch.setattr(limits, "_leaders_of", find_leaders_and_be_overtaken)
+    started = claim(pg) + claim(pg)
+
+    assert ids(started) == [behind]
