@@ -693,8 +693,7 @@ class PgQueue:
         with self.reading() as connection:
             outdated = limits.outdated(connection, self.tables, declared, names)
         if outdated:
-            with self.begin() as connection:
-                limits.declare(connection, self.tables, outdated)
+            self._run(lambda connection: limits.declare(connection, self.tables, outdated))
         self._limits_declared = True
 
     @property
@@ -1166,8 +1165,7 @@ class PgQueue:
     ) -> dead_letter.Batch:
         """Do this in the transaction of `session`, or in one of its own; then wake the workers of its queues."""
         if session is None:
-            with self.begin() as connection:
-                batch = work(connection)
+            batch = self._run(work)
             if batch.queues and self.tables.dialect_name == POSTGRESQL:
                 self._wake_sender(set(batch.queues), True)
             return batch
@@ -1254,8 +1252,11 @@ class PgQueue:
 
     def delete(self, job_id: int, *, reason: str | None = None, actor: str | None = None) -> None:
         """Delete a job that is not running; its events stay."""
-        with self.begin() as connection:
-            operations.delete_job(connection, self.tables, job_id, actor=_who(actor), reason=_why(reason))
+        self._run(
+            lambda connection: operations.delete_job(
+                connection, self.tables, job_id, actor=_who(actor), reason=_why(reason)
+            )
+        )
 
     def pause(
         self,
@@ -1311,13 +1312,17 @@ class PgQueue:
         for field_name in changes:
             if field_name not in known:
                 raise ConfigurationError(f"limits are {', '.join(sorted(known))}; got {field_name!r}")
-        with self.begin() as connection:
-            before = limits.get_limits(connection, self.tables, scope, name) or Limits()
+
+        def change(connection: sa.Connection) -> Limits:
+            before = limits.get_limits(connection, self.tables, scope, name, lock=True) or Limits()
             wanted = replace(before, **changes)
             _check_scope(scope, name, wanted)
             limits.put_limits(
                 connection, self.tables, scope, name, wanted, declared_by=_who(actor), reason=_why(reason)
             )
+            return wanted
+
+        wanted = self._run(change)
         self._wake_all(scope, name)
         return wanted
 
@@ -1325,8 +1330,11 @@ class PgQueue:
         """Give a queue or a task the limits back that this code declares for it; what they are then."""
         scope, name = _limits_of_what(queue, task)
         wanted = self.declared_limits.get((scope, name), Limits())
-        with self.begin() as connection:
-            limits.put_limits(connection, self.tables, scope, name, wanted, declared_by=limits.CODE, reason=_who(actor))
+        self._run(
+            lambda connection: limits.put_limits(
+                connection, self.tables, scope, name, wanted, declared_by=limits.CODE, reason=_who(actor)
+            )
+        )
         self._wake_all(scope, name)
         return wanted
 

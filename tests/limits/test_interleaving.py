@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from limited import claim, ids, put
 
 from pgqueue import PgQueue, limits
+from pgqueue.schema import Tables
 
 
 def test_a_free_slot_is_kept_for_a_waiting_job_that_somebody_has_locked(pg: PgQueue) -> None:
@@ -90,3 +92,24 @@ def test_a_leader_that_gets_another_key_at_that_moment_leaves_nobody_behind_it(
     started = claim(pg) + claim(pg)
 
     assert ids(started) == [behind]
+
+
+def test_a_process_that_freezes_while_it_changes_limits_holds_claims_up_for_a_time_only(
+    pg: PgQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timeouts: list[str] = []
+    put_limits = limits.put_limits
+
+    def note_timeout(connection: sa.Connection, tables: Tables, *arguments: Any, **named: Any) -> bool:
+        timeouts.append(connection.scalar(sa.text("SHOW idle_in_transaction_session_timeout")))
+        return put_limits(connection, tables, *arguments, **named)
+
+    monkeypatch.setattr(limits, "put_limits", note_timeout)
+
+    pg.queue("default", concurrency=2)
+    pg.declare_limits()
+    pg.set_limits(queue="default", concurrency=3)
+    pg.reset_limits(queue="default")
+
+    assert len(timeouts) == 3
+    assert "0" not in timeouts
