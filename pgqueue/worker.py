@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import queue
 import random
@@ -26,7 +27,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import sqlalchemy as sa
 from sqlalchemy import event
@@ -171,11 +172,11 @@ COUNTED: dict[EventType | None, str] = {
 class _Hold:
     """One claim of this worker, from when it was made until its end is written."""
 
+    expires: ClassVar[float] = math.inf
+    ran_seconds: ClassVar[float | None] = None
+
     job: ClaimedJob
     sure_until: float  #: monotonic; its lease lasts at least so long
-    expires: float = float("inf")  #: monotonic; not to be started from then on
-    began: float | None = None  #: monotonic; noted only while somebody listens to events
-    ran_seconds: float | None = None  #: likewise, once it is ending
     #: Locked when how it ends is decided and being written. A lock because exactly one of many threads gets it.
     _ending: threading.Lock = field(default_factory=threading.Lock)
 
@@ -183,15 +184,36 @@ class _Hold:
     def ending(self) -> bool:
         return self._ending.locked()
 
+    def begin(self) -> None:
+        """Its task is about to run."""
+
     def begin_end(self) -> bool:
         """Whether the caller is the one to write how it ends."""
-        first = self._ending.acquire(blocking=False)
-        if first and self.began is not None:
-            self.ran_seconds = time.monotonic() - self.began
-        return first
+        return self._ending.acquire(blocking=False)
 
     def take_back_end(self) -> None:
         self._ending.release()
+
+
+class _TimedHold(_Hold):
+    """One whose job expires, or of which listeners are told how long it ran. Most need to know neither."""
+
+    __slots__ = ("_began", "expires", "ran_seconds")
+
+    def __init__(self, job: ClaimedJob, sure_until: float, expires: float) -> None:
+        super().__init__(job, sure_until)
+        self.expires = expires  # type: ignore[misc]  # monotonic; not to be started from then on
+        self._began: float | None = None
+        self.ran_seconds = None  # type: ignore[misc]
+
+    def begin(self) -> None:
+        self._began = time.monotonic()
+
+    def begin_end(self) -> bool:
+        first = super().begin_end()
+        if first and self._began is not None:
+            self.ran_seconds = time.monotonic() - self._began  # type: ignore[misc]
+        return first
 
 
 class Worker:
@@ -590,14 +612,17 @@ class Worker:
     def _hold(self, claimed: Sequence[ClaimedJob], asked_at: float) -> None:
         """Count these jobs as held; the claim was asked for at that moment of the monotonic clock."""
         sure_until = asked_at + self.config.lease
+        listening = bool(self._listeners.wanted)
         older = []
         with self._lock:
             for job in claimed:
                 if job.id in self._held:
                     older.append(self._held[job.id])
-                hold = self._held[job.id] = _Hold(job, sure_until)
-                if job.expires_in is not None:
-                    hold.expires = asked_at + job.expires_in
+                if job.expires_in is None and not listening:
+                    self._held[job.id] = _Hold(job, sure_until)
+                else:
+                    expires = math.inf if job.expires_in is None else asked_at + job.expires_in
+                    self._held[job.id] = _TimedHold(job, sure_until, expires)
         for hold in older:
             # A job that was given back may be claimed again before its end is settled here; nothing is lost then.
             if hold.begin_end():
@@ -673,7 +698,7 @@ class Worker:
         present = time.monotonic()
         if present < hold.sure_until and present < hold.expires:
             if self._listeners.wanted:
-                hold.began = present
+                hold.begin()
                 self._listeners.tell([event_of(EventName.STARTED, job)])
             return True
         self._finish(job, EXPIRED if present >= hold.expires else STALE)
@@ -979,7 +1004,8 @@ class Worker:
                 hold = self._held.get(transition.job_id)
                 if hold is not None and hold.job.claim_token == transition.claim_token:
                     del self._held[transition.job_id]
-                    queues.add(hold.job.queue)
+                    if self._limited:
+                        queues.add(hold.job.queue)
                 if listening and hold is not None:
                     told.append((transition, hold, is_written))
         if told:
