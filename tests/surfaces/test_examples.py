@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from documents import PROJECT, Reader, blocks
 from forks import Forks
+from PIL import Image
 from support import rows
 
 from pgqueue import JobStatus, PgQueue
@@ -15,7 +16,10 @@ from pgqueue import JobStatus, PgQueue
 EXAMPLES = PROJECT / "examples"
 
 #: What a test cannot run, and why.
-NOT_RUN = {"export PGQUEUE_DATABASE_URL=sqlite:///shop.db": "each test has a database of its own"}
+NOT_RUN = {
+    "export PGQUEUE_DATABASE_URL=sqlite:///shop.db": "each test has a database of its own",
+    "pip install pillow": "is one of the packages for tests",
+}
 
 
 @pytest.fixture
@@ -34,9 +38,15 @@ def test_the_commands_of_the_examples_readme_work_from_top_to_bottom(reader: Rea
             reader.run(command)
 
     assert set(NOT_RUN) <= set(commands), "an excuse for a command that is not in the README"
-    assert {queue.queue: queue.completed for queue in pgq.queues()} == {"default": 5, "mail": 3, "checksums": 4}
+    assert {queue.queue: queue.completed for queue in pgq.queues()} == {
+        "default": 5,
+        "mail": 3,
+        "checksums": 4,
+        "images": 12,
+    }
     assert_the_shop_is_as_the_readme_says(pgq)
     assert_the_consumer_did_what_it_could(pgq)
+    assert_the_images_are_smaller(pgq, reader.folder / "resized")
 
 
 def assert_the_shop_is_as_the_readme_says(pgq: PgQueue) -> None:
@@ -58,6 +68,20 @@ def assert_the_consumer_did_what_it_could(pgq: PgQueue) -> None:
     assert [job.status for job in jobs] == [completed, completed, dead, completed, completed]
     assert (jobs[2].attempt, jobs[2].error and jobs[2].error["message"]) == (2, "no text")
     assert len(jobs[0].result["sha256"]) == 64
+
+
+def assert_the_images_are_smaller(pgq: PgQueue, folder: Path) -> None:
+    jobs = {job.payload["file"]: job for job in pgq.list_jobs(queue="images")}
+    notes = jobs.pop("notes.png")
+    assert (notes.status, notes.attempt) == (JobStatus.DEAD, 1)
+    for job in jobs.values():
+        with Image.open(folder / job.result["file"]) as image:
+            assert [*image.size] == job.result["size"]
+            assert image.format == "JPEG"
+            assert max(image.size) <= 160
+    # Those that were given back charged a retry, and so did the one that was left; nobody looked for that.
+    assert {name for name, job in jobs.items() if job.retries == 1} == {"image-00.png", "image-03.png", "image-07.png"}
+    assert {job.claimed_by for job in jobs.values()} <= {"worker-1", "worker-2", "worker-3", "rescuer"}
 
 
 def test_many_orders_of_a_product_make_one_pending_count(reader: Reader, pgq: PgQueue) -> None:
