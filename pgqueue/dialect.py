@@ -499,3 +499,18 @@ def first_of_each(
     return sa.select(numbered.c.id, *columns, sa.literal_column("0").label("there")).where(
         numbered.c.number <= numbered.c.n
     )
+
+
+def first_where(
+    dialect_name: str,
+    table: sa.Table,
+    wanted: sa.FromClause,
+    matches: sa.ColumnElement[bool],
+    order: Sequence[sa.ColumnElement[Any]],
+    limit: sa.ColumnElement[int],
+) -> sa.FromClause:
+    """The first so many rows of the table that match each row of `wanted`, in any order. On SQLite, all of them."""
+    if dialect_name == POSTGRESQL:
+        found = sa.select(table).where(matches).order_by(*order).limit(limit).correlate(wanted).lateral("first")
+        return sa.select(found).select_from(wanted.join(found, sa.true())).subquery("found")
+    return sa.select(table).select_from(wanted.join(table, matches)).subquery("found")

@@ -61,6 +61,9 @@ FREED_JOBS_MAX = 1_000
 #: With so many slots to offer, it is asked first whether anybody waits for one.
 SLOTS_MANY = 20
 
+#: Among so many of the jobs that wait for a task, an idle claim looks for some of its queue.
+IDLE_JOBS_MAX = 1_000
+
 #: The most buckets whose next token one claim hands on.
 RIPE_BUCKETS_MAX = 200
 
@@ -138,11 +141,12 @@ def claim(
     gates = _lock(connection, tables, queue, tasks)
     if gates is None:
         return LimitedClaim(kept=False)
-    _offer_freed(connection, tables, gates)
+    found_freed = _offer_freed(connection, tables, gates)
     _let_go(connection, tables, gates)
     tokens_come = [_offer_tokens(connection, tables, gates)]
     claimed: list[ClaimedJob] = []
     promoting = gates.queue is not None and gates.queue.promote_after is not None
+    looked_again = False
     for _ in range(ROUNDS_MAX):
         want = limit - len(claimed)
         candidates = _due(
@@ -163,9 +167,13 @@ def claim(
         if len(decision.admitted) + len(decision.waits) < len(candidates) or len(claimed) == limit:
             break  # it has what it wants, or what the queue's own limits allow
         if len(candidates) < want + LOOK_AHEAD and not passed_on:
-            if not promoting:
-                break  # it has looked at all
-            promoting = False
+            if promoting:
+                promoting = False
+                continue
+            # It has looked at all.
+            if claimed or found_freed or looked_again or not _offer_idle(connection, tables, gates):
+                break
+            looked_again = True
     else:
         return LimitedClaim(claimed, again=True)
     return LimitedClaim(
@@ -218,12 +226,13 @@ def _lock_limits(tables: Tables, of_tasks: bool) -> sa.Select[Any]:
 # Slots that came free --------------------------------------------------------------------------------------
 
 
-def _offer_freed(connection: sa.Connection, tables: Tables, gates: _Gates) -> None:
-    """Find the slots that came free, and offer each to the next job that waits for it."""
+def _offer_freed(connection: sa.Connection, tables: Tables, gates: _Gates) -> bool:
+    """Find the slots that came free, and offer each to the next job that waits for it; whether there were some."""
     parameters = {"of_queue": gates.queue_name, "tasks": list(gates.tasks), "limit": FREED_JOBS_MAX}
     freed = connection.execute(_find_freed(tables), parameters).all()
     if freed:
         _offer(connection, tables, freed, gates.queue_name)
+    return bool(freed)
 
 
 @cache
@@ -363,6 +372,61 @@ def _next_waiting(tables: Tables) -> sa.Select[Any]:
 def _let_be_judged(tables: Tables) -> sa.Update:
     jobs = tables.jobs
     return sa.update(jobs).where(id_among(jobs.c.id, IDS)).values(waits_for=sa.null(), slot=OFFERED)
+
+
+def _offer_idle(connection: sa.Connection, tables: Tables, gates: _Gates) -> bool:
+    """Let jobs of this queue be judged again that wait for a task which has slots left; whether there were some.
+
+    Such slots were offered to jobs that nobody claims: their queue is paused or has no workers, or they were put off.
+    """
+    tasks = [name for name, limits in gates.tasks.items() if limits.concurrency is not None]
+    if not tasks:
+        return False
+    document = json.dumps([{"task": task} for task in sorted(tasks)])
+    rows = connection.execute(_waiting_here(tables), {"tasks": document, "of_queue": gates.queue_name}).all()
+    waiting = [Candidate(row.id, row.task, row.concurrency_key, row.ordering_key, row.rate_key) for row in rows]
+    if not waiting:
+        return False
+    decision = admit(
+        waiting,
+        want=len(waiting),
+        queue_name=gates.queue_name,
+        queue=gates.queue,
+        tasks=gates.tasks,
+        in_use=_in_use(connection, tables, gates, waiting),
+    )
+    if not decision.admitted:
+        return False
+    return connection.execute(_let_unlocked_be_judged(tables), {"ids": sorted(decision.admitted)}).rowcount > 0
+
+
+@cache
+def _waiting_here(tables: Tables) -> sa.Select[Any]:
+    """Of each task the jobs of this queue that wait for it, among the first that do so in all queues."""
+    jobs = tables.jobs
+    tasks = dialect.rows(tables.dialect_name, "tasks", sa.column("task", sa.Text))
+    first = dialect.first_where(
+        tables.dialect_name,
+        jobs,
+        tasks,
+        sa.and_(jobs.c.task == tasks.c.task, jobs.c.waits_for == WAITS_FOR_TASK),
+        [jobs.c.priority.desc(), jobs.c.run_at, jobs.c.id],
+        sa.literal_column(str(IDLE_JOBS_MAX)),
+    )
+    columns = [first.c[name] for name in ("id", "task", "concurrency_key", "ordering_key", "rate_key")]
+    return sa.select(*columns).where(first.c.queue == sa.bindparam("of_queue", type_=sa.Text())).limit(LOOK_AHEAD)
+
+
+@cache
+def _let_unlocked_be_judged(tables: Tables) -> sa.Update:
+    jobs = tables.jobs
+    unlocked = (
+        sa.select(jobs.c.id)
+        .where(id_among(jobs.c.id, IDS), jobs.c.waits_for.is_not(None))
+        .order_by(jobs.c.id)
+        .with_for_update(skip_locked=True)
+    )
+    return sa.update(jobs).where(id_in(jobs.c.id, unlocked.scalar_subquery())).values(waits_for=sa.null(), slot=OFFERED)
 
 
 def _let_go(connection: sa.Connection, tables: Tables, gates: _Gates) -> None:

@@ -277,6 +277,45 @@ def test_a_backlog_of_one_key_that_waits_for_the_task_does_not_keep_slots_from_o
     assert set(others) < set(started)
 
 
+def test_a_slot_offered_to_a_job_of_a_paused_queue_does_not_keep_other_queues_waiting(pgq: PgQueue) -> None:
+    task = pgq.external_task("few", concurrency=1)
+    put(pgq, task)
+    (holder,) = claim(pgq)
+    (held_back,) = put(pgq, task, queue="paused")
+    (waits,) = put(pgq, task, queue="other")
+    assert claim(pgq, queue="paused") == []
+    assert claim(pgq, queue="other") == []
+    pgq.pause("paused")
+
+    pgq.ack(holder)
+
+    (second,) = claim(pgq, queue="other") + claim(pgq, queue="other")
+    assert second.id == waits
+    pgq.resume("paused")
+    assert claim(pgq, queue="paused") == []
+    pgq.ack(second)
+    assert ids(claim(pgq, queue="paused")) == [held_back]
+
+
+def test_a_job_that_was_offered_a_slot_and_is_put_off_keeps_nobody_waiting(pgq: PgQueue) -> None:
+    task = pgq.external_task("few", concurrency=1)
+    put(pgq, task)
+    (holder,) = claim(pgq)
+    replaced = task.using(unique_key="u", on_conflict="replace", queue="other")
+    with pgq.begin() as connection:
+        replaced.enqueue(connection)
+    (waits,) = put(pgq, task)
+    assert claim(pgq, queue="other") == []
+    assert claim(pgq) == []
+    pgq.ack(holder)
+    assert claim(pgq) == [], "the slot is offered to the job in the other queue"
+
+    with pgq.begin() as connection:
+        replaced.using(delay=3600).enqueue(connection)
+
+    assert ids(claim(pgq)) == [waits]
+
+
 # Changes while jobs run ------------------------------------------------------------------------------------
 
 
