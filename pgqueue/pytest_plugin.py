@@ -3,14 +3,12 @@ need otherwise."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-if TYPE_CHECKING:
-    from pgqueue.testing import Tester
-
-# Whatever is not needed by a project that has pgqueue installed and uses no fixture is imported when it is.
+from pgqueue.client import PgQueue
+from pgqueue.testing import Tester
 
 _QUEUE = """\
 the fixture `pgqueue_tester` does not know which queue is tested. Write in conftest.py:
@@ -49,9 +47,6 @@ def pgqueue_session() -> Any:
 @pytest.fixture
 def pgqueue_tester(pgqueue_queue: Any, pgqueue_session: Any) -> Tester:
     """What was enqueued, running it, and letting time pass, in the test's transaction: a `pgqueue.testing.Tester`."""
-    from pgqueue import PgQueue
-    from pgqueue.testing import Tester
-
     if not isinstance(pgqueue_queue, PgQueue):
         pytest.fail(
             f"the fixture `pgqueue_queue` must return a PgQueue, got {type(pgqueue_queue).__name__}", pytrace=False

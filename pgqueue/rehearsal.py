@@ -41,6 +41,9 @@ LONGEST = 1.0
 #: A drain makes no more attempts, unless told so.
 ATTEMPTS_MAX = 1_000
 
+#: How the queues of jobs begin that test crashes, with workers of their own: no drain takes these.
+CRASH_QUEUES = "pgqueue-crash-"
+
 #: Long enough for a debugger.
 LEASE_SECONDS = 86_400.0
 
@@ -151,7 +154,7 @@ class Rehearsal:
         """Claim one job, so that the next one is chosen when this one has ended."""
         queues = due_queues(self._connection, self._tables, tasks=tasks)
         for name in queues if queue is None else [queue] if queue in queues else []:
-            claimed = self._claim(name, tasks)
+            claimed = [] if name.startswith(CRASH_QUEUES) else self._claim(name, tasks)
             if claimed:
                 if len(self.report.attempts) >= self._attempts_max:
                     raise AssertionError(
@@ -180,7 +183,7 @@ class Rehearsal:
     def _attempt(self, job: ClaimedJob) -> None:
         raised: list[BaseException] = []
         definition = with_middleware(self._definitions[job.task], self._pgq)
-        definition = definition.around(_watched(definition, raised))
+        definition = definition.around(watched(definition, raised))
         self._pgq._listeners.tell([event_of(EventName.STARTED, job)])
         began = time.monotonic()
         if definition.transactional:
@@ -191,7 +194,7 @@ class Rehearsal:
         transition = self._finish(definition, job, outcome)
         self.report.count(transition)
         self._pgq._listeners.tell(events_of(transition, job, seconds))
-        error = raised[-1] if raised else _unraised(job, transition)
+        error = raised[-1] if raised else unraised(job, transition)
         self.report.attempts.append(Attempt(job.id, job.task, job.attempt, COUNTED[transition.event], error))
         if error is not None and (_is_for_the_test(error) or (self._raise_errors and not _is_deliberate(error))):
             raise error
@@ -290,7 +293,7 @@ def scheduler_of(pgq: PgQueue, tables: Tables, *, actor: str) -> Scheduler:
     return Scheduler(tables, pgq.tasks, declared, actor=actor, enqueued=lambda queues: None)
 
 
-def _watched(definition: TaskDefinition, raised: list[BaseException]) -> Callable[..., Any]:
+def watched(definition: TaskDefinition, raised: list[BaseException]) -> Callable[..., Any]:
     """The task's function; what it raises is kept."""
 
     def run(*arguments: Any, **payload: Any) -> Any:
@@ -310,7 +313,7 @@ def _watched(definition: TaskDefinition, raised: list[BaseException]) -> Callabl
     return run_async if definition.is_async else run
 
 
-def _unraised(job: ClaimedJob, transition: Transition) -> BaseException | None:
+def unraised(job: ClaimedJob, transition: Transition) -> BaseException | None:
     """An error for an attempt that failed although its function raised nothing: what it was given or gave cannot be
     used, or it took too long."""
     if transition.error is None or transition.event not in (EventType.RETRY, EventType.DEAD):

@@ -24,6 +24,7 @@ from sqlalchemy.orm import Session
 
 from pgqueue import operations
 from pgqueue.client import PgQueue, Task
+from pgqueue.crashing import CRASH_POINTS, CrashPoint, crash, crash_matrix
 from pgqueue.errors import ConfigurationError
 from pgqueue.job import Job
 from pgqueue.operations import JobFilter
@@ -33,11 +34,15 @@ from pgqueue.transaction import AsyncTransaction, SyncTransaction, open_transact
 from pgqueue.travel import travel as _age
 
 __all__ = [
+    "CRASH_POINTS",
     "Attempt",
+    "CrashPoint",
     "DrainReport",
     "Tester",
     "assert_enqueued",
     "assert_enqueued_async",
+    "crash",
+    "crash_matrix",
     "drain",
     "drain_async",
     "enqueued",

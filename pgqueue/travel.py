@@ -5,6 +5,7 @@ As in `store`: a function takes the connection first, works in the transaction i
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from functools import cache
 
@@ -49,6 +50,16 @@ def _age(tables: Tables) -> list[sa.Update]:
         )
         for name, table in ageing.items()
     ]
+
+
+def let_lapse(connection: sa.Connection, tables: Tables, job_id: int, token: uuid.UUID) -> None:
+    """Let the lease of this claim be over, if it still holds."""
+    jobs = tables.jobs
+    connection.execute(
+        sa.update(jobs)
+        .where(jobs.c.id == job_id, jobs.c.claim_token == token)
+        .values(claim_expires_at=seconds_before(now(), sa.literal(1.0, sa.Float())))
+    )
 
 
 def due_queues(connection: sa.Connection, tables: Tables, *, tasks: Sequence[str]) -> list[str]:
