@@ -9,7 +9,7 @@ Revision: pgqueue_0002
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from alembic import op
@@ -73,10 +73,18 @@ def upgrade() -> None:
     _create_tables(schema, prefix)
     _add_columns_of_events(schema, prefix)
     _create_view(schema, prefix)
+    for view in _views(schema, prefix):
+        _create_audit_view(schema, prefix, view)
+    if schema is not None:
+        _create_jobs_as_of(schema)
 
 
 def downgrade() -> None:
     schema, prefix = _where()
+    if schema is not None:
+        op.execute(f"DROP FUNCTION {_name(schema, prefix, 'jobs_as_of')}(timestamptz)")
+    for view in reversed(_views(schema, prefix)):
+        op.execute(f"DROP VIEW {_name(schema, prefix, view.name)}")
     op.execute(f"DROP VIEW {_name(schema, prefix, 'dead_jobs')}")
     for column, _, _ in reversed(_event_columns(schema)):
         op.execute(f"ALTER TABLE {_name(schema, prefix, 'job_events')} DROP COLUMN {column}")
@@ -343,6 +351,385 @@ def _create_view(schema: str | None, prefix: str) -> None:
         for name, _, _, comment in DEAD_JOBS:
             quoted = comment.replace("'", "''")
             op.execute(f"COMMENT ON COLUMN {view}.{name} IS '{quoted}'")
+
+
+class View(NamedTuple):
+    name: str
+    comment: str
+    columns: list[tuple[str, str]]  # name and comment
+    query: str
+
+
+# No percent sign in what PostgreSQL gets, and no colon before a letter or digit: see sqlalchemy.text. A condition is
+# spelt as its index spells it; that what waits_for something is pending helps a plan without statistics, too.
+
+
+def _views(schema: str | None, prefix: str) -> list[View]:
+    """What people ask of a queue, in SQL. The names of views and columns are an interface: they stay."""
+    flat = schema is None
+    jobs, events = _jobs(schema, prefix), _name(schema, prefix, "job_events")
+    queues, workers = _name(schema, prefix, "queues"), _name(schema, prefix, "workers")
+    moment = "text" if flat else "timestamptz"
+    now = "strftime('%Y-%m-%d %H:%M:%f', 'now')" if flat else "now()"
+
+    def ago(number: int, unit: str) -> str:
+        if flat:
+            return f"strftime('%Y-%m-%d %H:%M:%f', 'now', '-{number} {unit}')"
+        return f"now() - interval '{number} {unit}'"
+
+    def seconds(start: str, end: str = now) -> str:
+        if flat:
+            return f"(julianday({end}) - julianday({start})) * 86400.0"
+        return f"CAST(extract(epoch FROM {end} - {start}) AS double precision)"
+
+    def of_error(name: str, error: str = "error") -> str:
+        value = f"{error} ->> '{name}'"
+        return f"CASE WHEN json_valid({error}) THEN {value} END" if flat else value
+
+    def start_of(unit: str, column: str) -> str:
+        if flat:
+            return f"substr({column}, 1, 14) || '00\\:00'" if unit == "hour" else f"substr({column}, 1, 17) || '00'"
+        return f"date_trunc('{unit}', {column})"
+
+    open_columns = "queue, status, run_at, retries, waits_for, claimed_at"
+    queue_summary = View(
+        "queue_summary",
+        "pgqueue: queues that have open or dead jobs, or settings, at this moment",
+        [
+            ("queue", "name of the queue"),
+            ("ready", "pending and due"),
+            ("scheduled", "pending, due later"),
+            ("retrying", "of ready and scheduled: an attempt has failed"),
+            ("waiting", "of ready and scheduled: a limit or its turn must come free"),
+            ("running", "claimed by workers"),
+            ("dead", "will not run again by themselves"),
+            ("oldest_ready_seconds", "how long the longest waiting due job has been due"),
+            ("oldest_running_seconds", "since the earliest claim of those running"),
+            ("paused", "whether nothing is claimed from it"),
+            ("paused_until", "end of the pause; NULL: until somebody resumes it"),
+        ],
+        f"""
+SELECT queue,
+       count(CASE WHEN status = 'pending' AND run_at <= {now} THEN 1 END),
+       count(CASE WHEN status = 'pending' AND run_at > {now} THEN 1 END),
+       count(CASE WHEN status = 'pending' AND retries > 0 THEN 1 END),
+       count(waits_for),
+       count(CASE WHEN status = 'running' THEN 1 END),
+       count(CASE WHEN status = 'dead' THEN 1 END),
+       {seconds(f"min(CASE WHEN status = 'pending' AND run_at <= {now} THEN run_at END)")},
+       {seconds("min(CASE WHEN status = 'running' THEN claimed_at END)")},
+       max(paused) = 1,
+       max(CASE WHEN paused = 1 THEN paused_until END)
+  FROM (SELECT {open_columns}, 0 AS paused, CAST(NULL AS {moment}) AS paused_until
+          FROM {jobs} WHERE status = 'pending' AND waits_for IS NULL
+         UNION ALL
+        SELECT {open_columns}, 0, NULL FROM {jobs} WHERE status = 'pending' AND waits_for IS NOT NULL
+         UNION ALL
+        SELECT {open_columns}, 0, NULL FROM {jobs} WHERE status = 'running'
+         UNION ALL
+        SELECT {open_columns}, 0, NULL FROM {jobs} WHERE status = 'dead'
+         UNION ALL
+        SELECT name, NULL, NULL, NULL, NULL, NULL,
+               CASE WHEN paused_at IS NOT NULL AND (paused_until IS NULL OR paused_until > {now}) THEN 1 ELSE 0 END,
+               paused_until
+          FROM {queues}) AS parts
+ GROUP BY queue
+""",
+    )
+    worker_status = View(
+        "worker_status",
+        "pgqueue: workers and what they hold at this moment; consumers that only claim have no row",
+        [
+            ("id", "as in jobs.claimed_by"),
+            ("host", "name of its machine"),
+            ("pid", "of its process on that machine"),
+            ("version", "of pgqueue"),
+            ("queues", "concurrency by queue"),
+            ("tasks", "names of the tasks it knows"),
+            ("started_at", "when it began to work"),
+            ("heartbeat_at", "last sign of life"),
+            ("silent_seconds", "since then; more than its lease (60 unless set otherwise): it is gone, or cut off"),
+            ("running", "jobs it holds"),
+            ("lapsed", "of them: the lease ran out"),
+            ("oldest_claimed_at", "the earliest claim of them"),
+        ],
+        f"""
+SELECT w.id, w.host, w.pid, w.version, w.queues, w.tasks, w.started_at, w.heartbeat_at,
+       {seconds("w.heartbeat_at")}, coalesce(r.running, 0), coalesce(r.lapsed, 0), r.oldest_claimed_at
+  FROM {workers} AS w
+  LEFT JOIN (SELECT claimed_by, count(*) AS running, count(CASE WHEN claim_expires_at < {now} THEN 1 END) AS lapsed,
+                    min(claimed_at) AS oldest_claimed_at
+               FROM {jobs} WHERE status = 'running' GROUP BY claimed_by) AS r ON r.claimed_by = w.id
+""",
+    )
+    served = (
+        f"""SELECT DISTINCT q.key AS queue, t.value AS task
+                      FROM {workers} AS w, json_each(w.queues) AS q, json_each(w.tasks) AS t"""
+        if flat
+        else f"""SELECT DISTINCT q.name AS queue, t.name AS task
+                      FROM {workers} AS w, jsonb_object_keys(w.queues) AS q(name),
+                           jsonb_array_elements_text(w.tasks) AS t(name)"""
+    )
+    taken = (
+        f"SELECT DISTINCT q.key AS queue FROM {workers} AS w, json_each(w.queues) AS q"
+        if flat
+        else f"SELECT DISTINCT q.name AS queue FROM {workers} AS w, jsonb_object_keys(w.queues) AS q(name)"
+    )
+    alive = f"w.heartbeat_at > {ago(5, 'minutes')}"
+    late_columns = "id, queue, task, run_at, attempt, expires_at, waits_for"
+    stuck_jobs = View(
+        "stuck_jobs",
+        "pgqueue: running jobs that should have ended, and pending ones that have been due for over a minute, with the "
+        "likely cause; one row each, so it is as long as the backlog",
+        [
+            ("id", "of the job"),
+            ("queue", "the named line it waits in"),
+            ("task", "registered name of the function"),
+            ("status", "pending or running"),
+            ("why", "the likely cause, in words"),
+            ("since", "running: when it was claimed; pending: when it became due"),
+            ("seconds", "since then"),
+            ("attempt", "how often it was claimed"),
+            ("worker", "of a running job"),
+        ],
+        f"""
+SELECT id, queue, task, 'running',
+       CASE WHEN claim_expires_at < {now} THEN 'its lease ran out'
+            WHEN cancel_requested_at < {ago(1, "minutes")} THEN 'it goes on although it was asked to stop'
+            ELSE 'it runs for over an hour' END,
+       claimed_at, {seconds("claimed_at")}, attempt, claimed_by
+  FROM {jobs}
+ WHERE status = 'running'
+   AND (claim_expires_at < {now} OR cancel_requested_at < {ago(1, "minutes")} OR claimed_at < {ago(1, "hours")})
+ UNION ALL
+SELECT j.id, j.queue, j.task, 'pending',
+       CASE WHEN j.expires_at <= {now} THEN 'it expired, and no worker has looked since'
+            WHEN p.name IS NOT NULL THEN 'its queue is paused'
+            WHEN q.queue IS NULL THEN 'no worker takes its queue'
+            WHEN s.queue IS NULL THEN 'no worker of its queue knows its task'
+            WHEN j.waits_for IS NOT NULL THEN 'it waits for ' || j.waits_for
+            ELSE 'others are before it' END,
+       j.run_at, {seconds("j.run_at")}, j.attempt, NULL
+  FROM (SELECT {late_columns} FROM {jobs}
+         WHERE status = 'pending' AND waits_for IS NULL AND run_at < {ago(1, "minutes")}
+         UNION ALL
+        SELECT {late_columns} FROM {jobs}
+         WHERE status = 'pending' AND waits_for IS NOT NULL AND run_at < {ago(1, "minutes")}) AS j
+  LEFT JOIN {queues} AS p
+    ON p.name = j.queue AND p.paused_at IS NOT NULL AND (p.paused_until IS NULL OR p.paused_until > {now})
+  LEFT JOIN ({taken} WHERE {alive}) AS q ON q.queue = j.queue
+  LEFT JOIN ({served} WHERE {alive}) AS s ON s.queue = j.queue AND s.task = j.task
+""",
+    )
+    nothing = "CAST(NULL AS text)"
+    claim_position = "coalesce(attempt, 0) * 10 + 1"
+    job_history = View(
+        "job_history",
+        "pgqueue: all that is known of jobs, one row a change; ORDER BY job_id, at, position. With a job_id it reads "
+        "that job; without one, all jobs and events, which takes seconds in a long history",
+        [
+            ("job_id", "of the job"),
+            ("at", "when it happened: the start of the transaction that wrote it"),
+            ("position", "the order of what happened at the same moment to one job"),
+            ("event", "enqueue, claim, complete, or as in job_events"),
+            ("queue", "of the job"),
+            ("task", "of the job"),
+            ("attempt", "the attempt that this began or ended"),
+            ("from_status", "of the job before"),
+            ("to_status", "of the job after; NULL: deleted"),
+            ("actor", "who did it: a worker, cli and a user, a caller of the API; NULL: an enqueue"),
+            ("worker", "which made the attempt"),
+            ("reason", "why, in words"),
+            ("error_type", "class of a failed attempt's error"),
+            ("error_message", "message of that error"),
+            ("event_id", "id in job_events; NULL: read from the job's row"),
+        ],
+        f"""
+SELECT id AS job_id, created_at AS at, CAST(0 AS bigint) AS position, 'enqueue' AS event, queue, task,
+       CAST(NULL AS integer) AS attempt, {nothing} AS from_status, 'pending' AS to_status, {nothing} AS actor,
+       {nothing} AS worker, {nothing} AS reason, {nothing} AS error_type, {nothing} AS error_message,
+       CAST(NULL AS bigint) AS event_id
+  FROM {jobs}
+ UNION ALL
+SELECT job_id, claimed_at, CAST({claim_position} AS bigint), 'claim', queue, task, attempt, 'pending', 'running',
+       worker, worker, NULL, NULL, NULL, NULL
+  FROM {events}
+ WHERE job_id IS NOT NULL AND from_status = 'running' AND to_status <> 'running' AND claimed_at IS NOT NULL
+ UNION ALL
+SELECT id, claimed_at, CAST({claim_position} AS bigint), 'claim', queue, task, attempt, 'pending', 'running',
+       claimed_by, claimed_by, NULL, NULL, NULL, NULL
+  FROM {jobs}
+ WHERE status IN ('running', 'completed') AND claimed_at IS NOT NULL
+ UNION ALL
+SELECT job_id, at, CAST(coalesce(attempt, 0) * 10 + CASE WHEN from_status <> 'running' THEN 4
+                                                         WHEN to_status = 'running' THEN 2 ELSE 3 END AS bigint),
+       event, queue, task, attempt, from_status, to_status, actor, worker, reason,
+       {of_error("type")}, {of_error("message")}, id
+  FROM {events}
+ WHERE job_id IS NOT NULL
+ UNION ALL
+SELECT id, finished_at, CAST(attempt * 10 + 3 AS bigint), 'complete', queue, task, attempt, 'running', 'completed',
+       claimed_by, claimed_by, NULL, NULL, NULL, NULL
+  FROM {jobs}
+ WHERE status = 'completed'
+""",
+    )
+    throughput_minute = View(
+        "throughput_minute",
+        "pgqueue: jobs that ended and attempts that are to be made again, by the minute. Reads all jobs and events: "
+        "seconds in a long history",
+        [
+            ("minute", "its first moment"),
+            ("queue", "of the jobs"),
+            ("task", "of the jobs"),
+            ("outcome", "completed, dead, cancelled, or retried: an attempt that failed"),
+            ("count", "how many"),
+        ],
+        f"""
+SELECT minute, queue, task, outcome, count(*)
+  FROM (SELECT {start_of("minute", "finished_at")} AS minute, queue, task, status AS outcome
+          FROM {jobs} WHERE finished_at IS NOT NULL
+         UNION ALL
+        SELECT {start_of("minute", "at")}, queue, task, 'retried'
+          FROM {events} WHERE event IN ('retry', 'sweep') AND to_status = 'pending') AS ended
+ GROUP BY minute, queue, task, outcome
+""",
+    )
+    percentiles = ("0.5", "0.95", "0.99")
+    latency_hour = View(
+        "latency_hour",
+        "pgqueue: how long completed jobs waited and ran, by the hour of their end. Reads all jobs: seconds in a "
+        "long history",
+        [
+            ("hour", "its first moment"),
+            ("queue", "of the jobs"),
+            ("task", "of the jobs"),
+            ("jobs", "how many were completed"),
+            ("wait_avg", "seconds from due (and enqueued) to the claim of the last attempt: the mean"),
+            ("wait_max", "the longest of them"),
+            ("run_avg", "seconds from that claim to the end: the mean"),
+            ("run_max", "the longest of them"),
+            *(
+                []
+                if flat
+                else [
+                    (f"{name}_p{share[2:].ljust(2, '0')}", f"the same, not exceeded by {share} of the jobs")
+                    for name in ("wait", "run")
+                    for share in percentiles
+                ]
+            ),
+        ],
+        f"""
+SELECT hour, queue, task, count(*), avg(wait), max(wait), avg(run), max(run)
+       {"" if flat else "".join(f", percentile_cont({p}) WITHIN GROUP (ORDER BY wait)" for p in percentiles)}
+       {"" if flat else "".join(f", percentile_cont({p}) WITHIN GROUP (ORDER BY run)" for p in percentiles)}
+  FROM (SELECT {start_of("hour", "finished_at")} AS hour, queue, task,
+               {seconds("CASE WHEN run_at > created_at THEN run_at ELSE created_at END", "claimed_at")} AS wait,
+               {seconds("claimed_at", "finished_at")} AS run
+          FROM {jobs} WHERE status = 'completed') AS ended
+ GROUP BY hour, queue, task
+""",
+    )
+    message = f"substr({of_error('message')}, 1, 500)"
+    error_groups = View(
+        "error_groups",
+        "pgqueue: failed attempts, alike ones together. Reads all events: seconds after very many failures",
+        [
+            ("task", "of the jobs"),
+            ("error_type", "class of the errors"),
+            ("error_pattern", "their message, its first 500 characters, with # for what are numbers"),
+            ("attempts", "how many failed so"),
+            ("jobs", "how many jobs they belong to"),
+            ("first_at", "the first time"),
+            ("last_at", "the last time"),
+            ("last_job_id", "the newest of the jobs"),
+        ],
+        f"""
+SELECT task, error_type, error_pattern, count(*), count(DISTINCT job_id), min(at), max(at), max(job_id)
+  FROM (SELECT task, {of_error("type")} AS error_type, {_pattern(message, flat)} AS error_pattern, job_id, at
+          FROM {events} WHERE error IS NOT NULL{"" if flat else " AND jsonb_typeof(error) = 'object'"}) AS failed
+ WHERE error_type IS NOT NULL
+ GROUP BY task, error_type, error_pattern
+""",
+    )
+    return [
+        queue_summary,
+        worker_status,
+        stuck_jobs,
+        job_history,
+        throughput_minute,
+        latency_hour,
+        error_groups,
+    ]
+
+
+def _pattern(message: str, flat: bool) -> str:
+    """Numbers, and on PostgreSQL also UUIDs and hexadecimal numbers, as #."""
+    if not flat:
+        uuid = "[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
+        return f"regexp_replace({message}, '{uuid}|0x[0-9a-fA-F]+|[0-9]+', '#', 'g')"
+    for digit in "0123456789":
+        message = f"replace({message}, '{digit}', '#')"
+    for run in ("########", "####", "##", "##", "##"):
+        message = f"replace({message}, '{run}', '#')"
+    return message
+
+
+def _create_audit_view(schema: str | None, prefix: str, view: View) -> None:
+    name = _name(schema, prefix, view.name)
+    columns = ", ".join(f'"{column}"' for column, _ in view.columns)
+    op.execute(f"CREATE VIEW {name} ({columns}) AS{view.query.rstrip()}")
+    if schema is not None:
+        op.execute(f"COMMENT ON VIEW {name} IS '{view.comment}'")
+        for column, comment in view.columns:
+            op.execute(f"COMMENT ON COLUMN {name}.{column} IS '" + comment.replace("'", "''") + "'")
+
+
+def _create_jobs_as_of(schema: str) -> None:
+    """The next recorded change after the moment says what a job was before; where there is none, its row does.
+
+    Only claims and completions are not recorded: each event that ended an attempt says when that was claimed.
+    """
+    jobs, events = _jobs(schema, ""), _name(schema, "", "job_events")
+    function = f"{_name(schema, '', 'jobs_as_of')}"
+    op.execute(
+        f"""
+CREATE FUNCTION {function}(moment timestamptz)
+RETURNS TABLE (id bigint, queue text, task text, status text, attempt integer, worker text, claimed_at timestamptz,
+               created_at timestamptz)
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+SELECT s.id, s.queue, s.task,
+       CASE WHEN s.claimed_at > moment THEN 'pending' ELSE s.status END,
+       CASE WHEN s.claimed_at > moment THEN s.attempt - 1 ELSE s.attempt END,
+       CASE WHEN s.status = 'running' AND s.claimed_at <= moment THEN s.worker END,
+       CASE WHEN s.status = 'running' AND s.claimed_at <= moment THEN s.claimed_at END,
+       s.created_at
+  FROM (SELECT j.id, j.queue, j.task, j.created_at,
+               CASE WHEN n.id IS NOT NULL THEN n.from_status
+                    WHEN j.finished_at <= moment THEN j.status
+                    WHEN j.status = 'completed' THEN 'running'
+                    WHEN j.status IN ('pending', 'running') THEN j.status END AS status,
+               coalesce(n.attempt, j.attempt) AS attempt,
+               CASE WHEN n.id IS NOT NULL THEN n.worker ELSE j.claimed_by END AS worker,
+               CASE WHEN n.from_status = 'running' THEN n.claimed_at
+                    WHEN n.id IS NULL AND j.status IN ('running', 'completed') THEN j.claimed_at END AS claimed_at
+          FROM {jobs} AS j
+          LEFT JOIN (SELECT e.job_id, min(e.id) AS id
+                       FROM {events} AS e
+                      WHERE e.at > moment AND e.from_status <> e.to_status
+                      GROUP BY e.job_id) AS f ON f.job_id = j.id
+          LEFT JOIN {events} AS n ON n.id = f.id
+         WHERE j.created_at <= moment) AS s
+$function$
+"""
+    )
+    op.execute(
+        f"COMMENT ON FUNCTION {function}(timestamptz) IS "
+        "'The jobs that are still stored as they stood at a past moment; a status of NULL: changed by plain SQL since. "
+        "Reads all jobs and events: seconds in a long history'"
+    )
 
 
 def _moment(schema: str | None) -> sa.types.TypeEngine[Any]:

@@ -151,6 +151,47 @@ def test_what_people_look_at_reads_no_history(pgq: PgQueue, name: str) -> None:
     assert blocks(plans) <= blocks_max
 
 
+#: The views of docs/auditing.md, and how many blocks they may read: less than a tenth of the table for those that
+#: people look at all the time, and no jobs in sequence. A block in memory takes some microseconds.
+AUDIT: dict[str, int] = {
+    "SELECT * FROM pgqueue.queue_summary": 2_000,
+    "SELECT * FROM pgqueue.worker_status": 1_000,
+    "SELECT * FROM pgqueue.stuck_jobs": 2_000,
+    "SELECT * FROM pgqueue.dead_jobs": 1_000,
+    f"SELECT * FROM pgqueue.job_history WHERE job_id = {JOBS // 2} ORDER BY job_id, at, position": 50,
+}
+
+
+@pytest.mark.parametrize("query", AUDIT)
+def test_the_views_for_operators_read_no_history(pgq: PgQueue, query: str) -> None:
+    plan = explained(pgq, query, None)
+
+    assert not reads_jobs_in_sequence([plan])
+    assert blocks([plan]) <= AUDIT[query]
+
+
+#: How many times the whole table they may read. Their comments say that they take seconds.
+HEAVY = {
+    "SELECT * FROM pgqueue.throughput_minute": 1,
+    "SELECT * FROM pgqueue.latency_hour": 1,
+    "SELECT * FROM pgqueue.error_groups": 0,
+    "SELECT count(*) FROM pgqueue.jobs_as_of(now() - interval '2 days')": 1,
+}
+
+
+@pytest.mark.parametrize("query", HEAVY)
+def test_the_views_of_everything_read_it_once_and_say_so(pgq: PgQueue, query: str) -> None:
+    size = scalar(pgq.engine, "SELECT pg_relation_size('pgqueue.jobs') / 8192")
+
+    plan = explained(pgq, query, None)
+
+    assert blocks([plan]) <= HEAVY[query] * size * 1.1 + 200
+    name = query.partition("FROM ")[2].partition("(")[0]
+    kind, catalog = ("regproc", "pg_proc") if "jobs_as_of" in query else ("regclass", "pg_class")
+    comment = scalar(pgq.engine, f"SELECT obj_description(CAST('{name}' AS {kind}), '{catalog}')")
+    assert "Reads all" in comment
+
+
 def test_the_look_of_an_idle_worker_for_what_is_to_be_done_reads_no_table(pgq: PgQueue) -> None:
     with pgq.reading() as connection, recorded(pgq.engine) as sent:
         store.upkeep(connection, pgq.tables)
