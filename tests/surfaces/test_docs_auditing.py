@@ -51,7 +51,7 @@ def queries(dialect_name: str) -> list[str]:
     other = {"postgresql": "-- SQLite", "sqlite": "-- PostgreSQL"}[dialect_name]
     texts = [block.text.rstrip().rstrip(";") for block in QUERIES if not block.text.startswith(other)]
     if dialect_name == "sqlite":
-        texts = [text.replace("now() -- SQLite:", "datetime('now') --") for text in texts]
+        texts = [text.replace("now() -- SQLite: ", "") for text in texts]
         texts = [text.replace("pgqueue.", "pgqueue_") for text in texts]
     past = {"'2030-01-31 00:00'": "'2000-01-31 00:00'", "'2030-01-30'": "'2000-01-30'"}
     for written, meant in past.items():
