@@ -1030,9 +1030,12 @@ def outdated(
 
 
 def declare(connection: sa.Connection, tables: Tables, limits: Mapping[tuple[Scope, str], Limits]) -> None:
-    """Make known what the code declares."""
+    """Make known what the code declares, unless somebody changed it since it was looked at."""
+    of = tables.limits
     for (scope, name), wanted in limits.items():
-        put_limits(connection, tables, scope, name, wanted, declared_by=CODE)
+        row = sa.select(of.c.declared_by).where(of.c.scope == scope, of.c.name == name).with_for_update()
+        if connection.execute(row).scalar_one_or_none() in (None, CODE):
+            put_limits(connection, tables, scope, name, wanted, declared_by=CODE)
 
 
 def note_ordered(connection: sa.Connection, tables: Tables, queue: str) -> bool:

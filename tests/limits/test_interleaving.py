@@ -113,3 +113,22 @@ def test_a_process_that_freezes_while_it_changes_limits_holds_claims_up_for_a_ti
 
     assert len(timeouts) == 3
     assert "0" not in timeouts
+
+
+def test_what_somebody_sets_while_a_worker_declares_its_limits_stays(
+    pgq: PgQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pgq.external_task("work", concurrency=1)
+    find_outdated = limits.outdated
+
+    def find_outdated_and_be_overtaken(connection: sa.Connection, *arguments: Any) -> Any:
+        found = find_outdated(connection, *arguments)
+        connection.rollback()
+        pgq.set_limits(task="work", concurrency=7, actor="ann")
+        return found
+
+    monkeypatch.setattr(limits, "outdated", find_outdated_and_be_overtaken)
+    pgq.declare_limits()
+
+    (row,) = pgq.list_limits()
+    assert (row.limits.concurrency, row.declared_by) == (7, "ann")
