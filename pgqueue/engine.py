@@ -294,6 +294,14 @@ def idle_milliseconds(seconds: float) -> str:
     return str(min(int(seconds * 1000), IDLE_MILLISECONDS_MAX))
 
 
+def begins_late(connection: sa.Connection) -> bool:
+    """Whether SQLite's driver begins transactions, at the first write: a savepoint before that is one of its own, and
+    its release commits."""
+    driver = connection.connection.driver_connection
+    legacy = getattr(driver, "autocommit", -1) == -1
+    return connection.dialect.name == SQLITE and legacy and getattr(driver, "isolation_level", None) is not None
+
+
 def is_aborted(connection: sa.Connection) -> bool:
     """Whether the server refuses everything but a rollback, because a statement of the transaction has failed."""
     info = getattr(connection.connection.driver_connection, "info", None)  # as psycopg has it

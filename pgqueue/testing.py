@@ -25,6 +25,7 @@ from sqlalchemy.orm import Session
 from pgqueue import operations
 from pgqueue.client import PgQueue, Task
 from pgqueue.crashing import CRASH_POINTS, CrashPoint, crash, crash_matrix
+from pgqueue.engine import begins_late
 from pgqueue.errors import ConfigurationError
 from pgqueue.job import Job
 from pgqueue.operations import JobFilter
@@ -234,6 +235,12 @@ def _rehearsal(
     if isinstance(target, Session):
         target.flush()
         if _has_savepoint(target, connection):
+            if begins_late(connection):
+                raise ConfigurationError(
+                    "this SQLite engine leaves the begin of transactions to the driver, which takes the savepoint of "
+                    "the test's session for a transaction and commits it. Use pgq.engine, or have the engine begin as "
+                    "SQLAlchemy's documentation on SQLite and savepoints says"
+                )
             shared = target
             keep, target.expire_on_commit = target.expire_on_commit, False
             target.commit()  # the savepoint; the test's transaction goes on
@@ -354,11 +361,27 @@ class Tester:
     def refute_enqueued(self, task: Task[..., Any], /, **wanted: Any) -> None:
         refute_enqueued(self.session, task, **wanted)
 
-    def drain(self, **options: Any) -> DrainReport:
-        return drain(self.session, self.pgq, **options)
+    def drain(
+        self,
+        *,
+        queue: str | None = None,
+        task: Task[..., Any] | None = None,
+        raise_errors: bool = True,
+        schedules: bool = False,
+        attempts_max: int = ATTEMPTS_MAX,
+    ) -> DrainReport:
+        return drain(
+            self.session,
+            self.pgq,
+            queue=queue,
+            task=task,
+            raise_errors=raise_errors,
+            schedules=schedules,
+            attempts_max=attempts_max,
+        )
 
-    def travel(self, **distance: float) -> None:
-        travel(self.session, self.pgq, **distance)
+    def travel(self, *, seconds: float = 0.0, minutes: float = 0.0, hours: float = 0.0, days: float = 0.0) -> None:
+        travel(self.session, self.pgq, seconds=seconds, minutes=minutes, hours=hours, days=days)
 
     @contextmanager
     def inline(self, *, raise_errors: bool = True) -> Iterator[None]:

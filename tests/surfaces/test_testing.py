@@ -615,6 +615,23 @@ def test_an_asynchronous_task_in_the_wrong_kind_of_test_is_told_the_right_call(p
         asyncio.run(drain_in_loop())
 
 
+def test_an_engine_whose_driver_would_commit_the_tests_savepoint_is_refused(sqlite_url: str) -> None:
+    engine = sa.create_engine(sqlite_url)
+    pgq = PgQueue(sqlite_url)
+
+    @pgq.task
+    def one() -> None: ...
+
+    with engine.connect() as connection:
+        outer = connection.begin()
+        with Session(bind=connection, join_transaction_mode="create_savepoint") as session:
+            one.enqueue(session)
+            with pytest.raises(ConfigurationError, match="leaves the begin of transactions to the driver"):
+                drain(session, pgq)
+        outer.rollback()
+    engine.dispose()
+
+
 def test_a_tester_knows_the_queue_and_the_session(pgq: PgQueue, session: Session) -> None:
     tester = Tester(pgq, session)
 

@@ -24,6 +24,7 @@ from pgqueue import (
     Subscription,
     Unique,
 )
+from pgqueue.testing import Tester, crash, crash_matrix, drain
 
 pgq = PgQueue("sqlite://")
 
@@ -135,3 +136,13 @@ def before(request: EnqueueRequest) -> None:
 @pgq.middleware("claim")  # type: ignore[arg-type]
 def neither(job: ClaimedJob) -> Iterator[None]:
     yield
+
+
+def in_a_test(tester: Tester, session: Session) -> int:
+    job: Job = tester.assert_enqueued(plain, queue="images", count=1)
+    tester.travel(minutes=31)
+    tester.travel(weeks=1)  # type: ignore[call-arg]
+    drain(session)  # type: ignore[call-arg]
+    crash(plain, {}, at="never")  # type: ignore[arg-type]
+    crash_matrix(plain, {}, check=lambda ended: ended.status)
+    return tester.drain(raise_errors=False).completed + job.id
