@@ -118,6 +118,23 @@ def _(element: now, compiler: SQLCompiler, **kw: Any) -> str:
     return _SQLITE_NOW
 
 
+class statement_now(FunctionElement[datetime]):
+    """Likewise, the start of the statement: for what ends a transaction in which users' code ran. Stable as well."""
+
+    type = UTCDateTime()
+    inherit_cache = True
+
+
+@compiles(statement_now, POSTGRESQL)
+def _(element: statement_now, compiler: SQLCompiler, **kw: Any) -> str:
+    return "statement_timestamp()"
+
+
+@compiles(statement_now, SQLITE)
+def _(element: statement_now, compiler: SQLCompiler, **kw: Any) -> str:
+    return _SQLITE_NOW
+
+
 class seconds_from_now(FunctionElement[datetime]):
     """The database's clock plus a number of seconds (an expression; may be negative)."""
 

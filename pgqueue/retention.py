@@ -17,7 +17,7 @@ import pydantic_core
 import sqlalchemy as sa
 
 from pgqueue import dialect, store
-from pgqueue.dialect import id_among, json_of, now, seconds_from_now
+from pgqueue.dialect import id_among, json_of, now, seconds_from_now, statement_now
 from pgqueue.job import FINAL_STATUSES, JobStatus, Transition
 from pgqueue.schema import Tables
 from pgqueue.store import COMPLETED, DEAD, IDS
@@ -134,7 +134,7 @@ def _complete_keeping(tables: Tables) -> sa.Update:
             status=COMPLETED,
             claim_token=sa.null(),
             claim_expires_at=sa.null(),
-            finished_at=now(),
+            finished_at=statement_now(),
             result=json_of(finished.c.result),
             prune_at=seconds_from_now(finished.c.keep),
         )

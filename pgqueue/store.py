@@ -23,7 +23,18 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import psycopg
 
 from pgqueue import dialect
-from pgqueue.dialect import IdArray, TextArray, id_among, id_in, json_of, now, seconds_from_now, seconds_since, text_in
+from pgqueue.dialect import (
+    IdArray,
+    TextArray,
+    id_among,
+    id_in,
+    json_of,
+    now,
+    seconds_from_now,
+    seconds_since,
+    statement_now,
+    text_in,
+)
 from pgqueue.engine import idle_milliseconds
 from pgqueue.errors import DuplicateJob
 from pgqueue.job import (
@@ -771,7 +782,7 @@ def _complete_alike(tables: Tables) -> sa.Update:
             id_among(jobs.c.id, IDS),
             jobs.c.claim_token == sa.bindparam("token", type_=sa.Uuid()),
         )
-        .values(status=COMPLETED, claim_token=sa.null(), claim_expires_at=sa.null(), finished_at=now())
+        .values(status=COMPLETED, claim_token=sa.null(), claim_expires_at=sa.null(), finished_at=statement_now())
         .returning(jobs.c.id)
     )
 
@@ -810,7 +821,7 @@ def _complete_in_transaction(tables: Tables) -> sa.Update:
             status=COMPLETED,
             claim_token=sa.null(),
             claim_expires_at=sa.null(),
-            finished_at=now(),
+            finished_at=statement_now(),
             result=json_of(sa.bindparam("document", type_=sa.Text())),
         )
         .returning(jobs.c.id)
@@ -836,7 +847,7 @@ def _complete(tables: Tables) -> sa.Update:
             status=COMPLETED,
             claim_token=sa.null(),
             claim_expires_at=sa.null(),
-            finished_at=now(),
+            finished_at=statement_now(),
             result=json_of(finished.c.result),
         )
         .returning(jobs.c.id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -127,6 +128,23 @@ def test_rows_enqueued_jobs_and_completion_are_of_one_transaction(pg: PgQueue, t
     )
     assert {row[0] for row in writers} == {"completed", "pending", "effect"}
     assert len({row[1] for row in writers}) == 1
+
+
+def test_a_job_ends_when_it_is_completed_not_when_its_transaction_began(pgq: PgQueue, transactional: Register) -> None:
+    """The database's now() would be the start of the transaction, and every run would seem to take no time."""
+
+    def work(session: Session) -> None:
+        session.execute(sa.text("SELECT 1"))
+        time.sleep(0.2)
+
+    job_id = enqueue(transactional(pgq, work))
+
+    drain(pgq)
+
+    job = pgq.get_job(job_id)
+    assert job.finished_at is not None
+    assert job.claimed_at is not None
+    assert (job.finished_at - job.claimed_at).total_seconds() >= 0.19
 
 
 def test_what_a_task_added_and_did_not_flush_is_written(pgq: PgQueue, transactional: Register) -> None:

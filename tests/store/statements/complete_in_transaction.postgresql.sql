@@ -1,6 +1,6 @@
 UPDATE pgqueue.jobs
 SET status='completed', claim_token=NULL, claim_expires_at=NULL, result=CAST(%(document)s::VARCHAR AS jsonb),
-    finished_at=now()
+    finished_at=statement_timestamp()
 WHERE pgqueue.jobs.id = %(job_id)s::BIGINT
 AND pgqueue.jobs.claim_token = %(token)s::UUID
 AND (
