@@ -246,7 +246,7 @@ class PgQueue:
     def dispose(self) -> None:
         """Deliver what listeners have not been told yet, for at most two seconds, and close pgqueue's own connections;
         an engine that was given keeps its own. It connects again when used again."""
-        self._listeners.deliver()
+        self._listeners.close()
         self._wake_sender.close()
         with self._lock:
             if self._engine is not None and self._engine_is_own:

@@ -164,6 +164,12 @@ class Listeners:
         delivered = [subscription._wait_until_idle(deadline) for subscription in self._subscriptions]
         return all(delivered)
 
+    def close(self) -> None:
+        """Deliver what was told, and let the threads end once they have; they start again when there is more."""
+        self.deliver()
+        for subscription in self._subscriptions:
+            subscription._rest()
+
     def start_anew_after_fork(self) -> None:
         """A forked child has none of the threads, and locks that may be held: what waited is the parent's to tell."""
         self._lock = threading.Lock()
@@ -192,6 +198,7 @@ class Subscription:
         self._weight = 0
         self._busy = False
         self._ended = False
+        self._resting = False
         self._thread: threading.Thread | None = None
 
     def __call__(self) -> None:
@@ -226,6 +233,7 @@ class Subscription:
         with self._changed:
             if self._ended:
                 return
+            self._resting = False
             for event in chosen:
                 weight = _weight(event)
                 if self._weight + weight > BACKLOG_MAX:
@@ -262,13 +270,19 @@ class Subscription:
             self._busy = False
             self._changed.notify_all()
             while not self._waiting:
-                if self._ended:
+                if self._ended or self._resting:
+                    self._thread = None
                     return None
                 self._changed.wait()
             event = self._waiting.popleft()
             self._weight -= _weight(event)
             self._busy = True
             return event
+
+    def _rest(self) -> None:
+        with self._changed:
+            self._resting = True
+            self._changed.notify_all()
 
     def _report(self, event: JobEvent, error: BaseException) -> None:
         """Once for each kind of error, with the place and without the message, which may hold what is secret."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
-from support import wait_for
+from support import PATIENCE_SECONDS, wait_for
 from working import Gate, drain, enqueue, seize, wait_for_status, working
 
 from pgqueue import (
@@ -593,3 +593,23 @@ def test_disposing_from_within_a_listener_does_not_wait_for_itself(pgq: PgQueue)
     wait_for(lambda: took, "the listener")
 
     assert took[0] < 10
+
+
+def test_disposing_ends_the_threads_of_listeners_and_a_later_event_is_heard_all_the_same(pgq: PgQueue) -> None:
+    ear = Ear(pgq)
+    before = set(threading.enumerate())
+
+    @pgq.task
+    def work() -> None: ...
+
+    first = enqueue(work)
+    ear.wait_for(1)
+    (thread,) = [thread for thread in set(threading.enumerate()) - before if "listener" in thread.name]
+    pgq.dispose()
+    thread.join(PATIENCE_SECONDS)
+    ended = not thread.is_alive()
+    second = enqueue(work)
+    ear.wait_for(2)
+
+    assert ended
+    assert [event.job_id for event in ear.heard] == [first, second]

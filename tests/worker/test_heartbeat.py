@@ -175,6 +175,9 @@ def test_a_sweep_that_was_under_way_when_its_process_froze_is_taken_back(
             frozen.append(True)
         end_if_frozen(*arguments)
 
+    def no_answer(*_: Any, **settings: Any) -> None:
+        raise sa.exc.OperationalError("UPDATE", {}, ConnectionError("no answer"))
+
     def note(*arguments: Any, **settings: Any) -> store.SweepResult:
         result = sweep(*arguments, **settings)
         if frozen:
@@ -183,6 +186,7 @@ def test_a_sweep_that_was_under_way_when_its_process_froze_is_taken_back(
 
     monkeypatch.setattr(loop, "end_if_frozen", begin_late)  # the first statement of a transaction
     monkeypatch.setattr(store, "sweep", note)
+    monkeypatch.setattr(store, "extend", no_answer)  # nor does a heartbeat lock the job, which the sweep would skip
     with silent_worker(pgq, monkeypatch) as worker:
         wait_for(lambda: swept, "the sweep")
         gate.open()
