@@ -6,6 +6,7 @@ VENV := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),.venv)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST_WORKERS ?= auto
+PYTEST_OPTIONS := --maxprocesses 4 --dist worksteal
 ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -35,7 +36,7 @@ demo: $(VENV)/.pgqueue ## run the main job on SQLite: index the standard library
 	$(BIN)/pgqueue demo $(ARGS)
 
 test: $(VENV)/.pgqueue-test ## run the tests, on a real PostgreSQL and on SQLite; e.g. make test ARGS='--pg all'
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --maxprocesses 4 $(ARGS)
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_OPTIONS) $(ARGS)
 
 OLDEST_TESTS := tests/migrations tests/enqueue/test_session.py tests/store/test_finish.py tests/store/test_claim.py \
 	tests/worker/test_transactional.py
@@ -43,7 +44,7 @@ OLDEST_TESTS := tests/migrations tests/enqueue/test_session.py tests/store/test_
 test-oldest: ## run tests of the database layer with the oldest libraries that are allowed, SQLAlchemy 2.0 among them
 	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -c tests/oldest.txt
-	.venv-oldest/bin/python -m pytest -n $(PYTEST_WORKERS) --maxprocesses 4 $(or $(ARGS),$(OLDEST_TESTS))
+	.venv-oldest/bin/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_OPTIONS) $(or $(ARGS),$(OLDEST_TESTS))
 
 lint: $(VENV)/.pgqueue-lint ## check style
 	$(BIN)/ruff check .

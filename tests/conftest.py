@@ -20,7 +20,9 @@ _serial = itertools.count(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let the processes that tests start run the same pgqueue as the tests, whichever happens to be installed."""
+    """Let the processes that tests start run the same pgqueue as the tests, whichever happens to be installed, and
+    not compile it each."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     package = str(Path(pgqueue.__file__).parents[1])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
 
@@ -65,11 +67,7 @@ def pg_server(pg_version: str | None) -> Iterator[pgserver.Server]:
     _, folder = pgserver.choose_server(pg_version)
     server = pgserver.Server(folder)
     try:
-        engine = sa.create_engine(server.url(database="postgres"), isolation_level="AUTOCOMMIT")
-        with engine.connect() as connection:
-            connection.execute(sa.text("CREATE DATABASE migrated"))
-        engine.dispose()
-        template = make_engine(server.url(database="migrated"))
+        template = make_engine(server.create_database("migrated"))
         migration.upgrade(template, "pgqueue")
         template.dispose()
         yield server
@@ -77,37 +75,20 @@ def pg_server(pg_version: str | None) -> Iterator[pgserver.Server]:
         server.stop()
 
 
-def create_database(server: pgserver.Server, template: str) -> str:
-    """The URL of a new database."""
-    name = f"test_{next(_serial)}"
-    engine = sa.create_engine(server.url(database="postgres"), isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(sa.text(f"CREATE DATABASE {name} TEMPLATE {template}"))
-    engine.dispose()
-    return server.url(database=name)
-
-
-def drop_database(server: pgserver.Server, url: str) -> None:
-    engine = sa.create_engine(server.url(database="postgres"), isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(sa.text(f"DROP DATABASE {sa.make_url(url).database} WITH (FORCE)"))
-    engine.dispose()
-
-
 @pytest.fixture
 def pg_url(pg_server: pgserver.Server) -> Iterator[str]:
     """A PostgreSQL database of this test's own, with pgqueue's tables."""
-    url = create_database(pg_server, "migrated")
-    yield url
-    drop_database(pg_server, url)
+    name = f"test_{next(_serial)}"
+    yield pg_server.create_database(name, "migrated")
+    pg_server.drop_database(name)
 
 
 @pytest.fixture
 def empty_pg_url(pg_server: pgserver.Server) -> Iterator[str]:
     """A PostgreSQL database of this test's own, with nothing in it."""
-    url = create_database(pg_server, "template1")
-    yield url
-    drop_database(pg_server, url)
+    name = f"test_{next(_serial)}"
+    yield pg_server.create_database(name)
+    pg_server.drop_database(name)
 
 
 @pytest.fixture(scope="session")

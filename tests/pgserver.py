@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import testing.common.database
 import testing.postgresql
 
@@ -97,6 +98,7 @@ class Server(testing.postgresql.Postgresql):
         self.account = _account()
         self.durable = durable
         self.copied: str | None = None
+        self._admin: psycopg.Connection[Any] | None = None
         bin_folder = self._reachable(bin_folder)
         self.bin_folder = bin_folder
         super().__init__(
@@ -114,6 +116,22 @@ class Server(testing.postgresql.Postgresql):
     def url(self, **changes: Any) -> str:
         dsn = {**self.dsn(), **changes}
         return f"postgresql+psycopg://{dsn['user']}@{dsn['host']}:{dsn['port']}/{dsn['database']}"
+
+    def create_database(self, name: str, template: str = "template1") -> str:
+        """Its URL. A copy of files takes a third of the time that PostgreSQL's other way to copy takes."""
+        copied = " STRATEGY file_copy" if self.admin.info.server_version >= 150_000 else ""
+        self.admin.execute(f"CREATE DATABASE {name} TEMPLATE {template}{copied}")  # type: ignore[call-overload]
+        return self.url(database=name)
+
+    def drop_database(self, name: str) -> None:
+        self.admin.execute(f"DROP DATABASE {name} WITH (FORCE)")  # type: ignore[call-overload]
+
+    @property
+    def admin(self) -> psycopg.Connection[Any]:
+        """A connection for what concerns whole databases, kept: two new ones for each test would be felt."""
+        if self._admin is None or self._admin.closed:
+            self._admin = psycopg.connect(self.url(database="postgres").replace("+psycopg", ""), autocommit=True)
+        return self._admin
 
     def control(self, *arguments: str) -> None:
         """Run pg_ctl as the server's account, for example to restart the server at once."""
@@ -181,6 +199,8 @@ class Server(testing.postgresql.Postgresql):
         self._dropping_privileges(super().start)
 
     def stop(self, *arguments: Any, **keywords: Any) -> None:
+        if self._admin is not None:
+            self._admin.close()
         super().stop(*arguments, **keywords)
         if self.copied:
             shutil.rmtree(self.copied, ignore_errors=True)

@@ -13,7 +13,6 @@ from typing import Any
 
 import pgserver
 import pytest
-import sqlalchemy as sa
 from store.test_statements import HELD, HOLD, HOT, INDEXES, analyze, indexes_in, nodes, plans_of, recorded
 from support import execute, scalar
 
@@ -48,11 +47,7 @@ PRESENT = f"""
 @pytest.fixture(scope="module")
 def million(pg_server: pgserver.Server) -> Iterator[PgQueue]:
     """A queue with the million, analyzed when it was empty."""
-    url = pg_server.url(database="million")
-    admin = sa.create_engine(pg_server.url(database="postgres"), isolation_level="AUTOCOMMIT")
-    with admin.connect() as connection:
-        connection.execute(sa.text("CREATE DATABASE million TEMPLATE migrated"))
-    pgq = PgQueue(url)
+    pgq = PgQueue(pg_server.create_database("million", "migrated"))
     execute(pgq.engine, "ALTER TABLE pgqueue.jobs SET (autovacuum_enabled = off)")
     analyze(pgq)
     execute(pgq.engine, HISTORY, count=FINISHED)
@@ -62,9 +57,7 @@ def million(pg_server: pgserver.Server) -> Iterator[PgQueue]:
         store.insert_job(connection, pgq.tables, NewJob("work", "{}", unique_key="taken"))
     yield pgq
     pgq.dispose()
-    with admin.connect() as connection:
-        connection.execute(sa.text("DROP DATABASE million WITH (FORCE)"))
-    admin.dispose()
+    pg_server.drop_database("million")
 
 
 @pytest.fixture(scope="module", params=["made when it was empty", "fresh"])
