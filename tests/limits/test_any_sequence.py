@@ -218,7 +218,7 @@ def test_any_sequence_of_operations_keeps_the_limits_and_lets_every_job_run(pgq:
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         lambda: WithinLimits(pgq),
         settings=settings(
-            max_examples=int(EXAMPLES or 12),
+            max_examples=int(EXAMPLES or 5),
             stateful_step_count=40,
             derandomize=EXAMPLES is None,
             database=None,

@@ -391,7 +391,7 @@ def test_any_sequence_of_operations_leaves_what_a_model_of_the_queue_says(pgq: P
     run_state_machine_as_test(
         lambda: Lifecycle(pgq),
         settings=settings(
-            max_examples=int(EXAMPLES or 20),
+            max_examples=int(EXAMPLES or 8),
             stateful_step_count=50,
             derandomize=EXAMPLES is None,
             phases=[Phase.generate, *([Phase.shrink] if EXAMPLES else [])],

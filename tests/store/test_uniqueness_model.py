@@ -297,7 +297,7 @@ def test_no_sequence_of_operations_makes_two_open_jobs_of_one_or_is_held_up_by_a
     run_state_machine_as_test(
         lambda: Sameness(pgq),
         settings=settings(
-            max_examples=int(EXAMPLES or 15),
+            max_examples=int(EXAMPLES or 7),
             stateful_step_count=40,
             derandomize=EXAMPLES is None,
             phases=[Phase.generate, *([Phase.shrink] if EXAMPLES else [])],
