@@ -38,8 +38,8 @@ demo: $(VENV)/.pgqueue ## run the main job on SQLite: index the standard library
 test: $(VENV)/.pgqueue-test ## run the tests, on a real PostgreSQL and on SQLite; e.g. make test ARGS='--pg all'
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_OPTIONS) $(ARGS)
 
-OLDEST_TESTS := tests/migrations tests/enqueue/test_session.py tests/store/test_finish.py tests/store/test_claim.py \
-	tests/worker/test_transactional.py
+OLDEST_TESTS := tests/migrations/test_history.py tests/enqueue/test_session.py tests/store/test_finish.py \
+	tests/store/test_claim.py tests/limits/test_order.py tests/worker/test_transactional.py
 
 test-oldest: ## run tests of the database layer with the oldest libraries that are allowed, SQLAlchemy 2.0 among them
 	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest

@@ -46,4 +46,5 @@ def test_a_wheel_carries_its_types_and_nothing_of_the_tests(installed: Path) -> 
     files = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
 
     assert "pgqueue/py.typed" in files
-    assert not [name for name in files if "test" in name]
+    assert not [name for name in files if {"tests", "conftest.py"} & set(Path(name).parts)]
+    assert not [name for name in files if Path(name).name.startswith("test_")]

@@ -247,12 +247,12 @@ def test_db_upgrade_creates_a_sqlite_file(folder: Path) -> None:
 
 def test_db_check_names_what_differs(url: str, pgq: PgQueue) -> None:
     with pgq.begin() as connection:
-        connection.exec_driver_sql(f"DROP TABLE {pgq.tables.workers.fullname}")
+        connection.exec_driver_sql(f"DROP TABLE {pgq.tables.unique_periods.fullname}")
 
     result = Command(url)("db", "check", code=6)
 
     assert "differ" in result.stderr
-    assert "workers" in result.stderr
+    assert "unique_periods" in result.stderr
 
 
 def test_db_downgrade_wants_to_be_confirmed(url: str, pgq: PgQueue) -> None:
