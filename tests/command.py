@@ -53,7 +53,7 @@ def environment(url: str | None, more: dict[str, str]) -> dict[str, str]:
 
 
 def finished(*arguments: object, cwd: Path, url: str | None = None, **environ: str) -> subprocess.CompletedProcess[str]:
-    """`pgqueue` as a process, when it has ended."""
+    """`pgqueue` as a process of a new interpreter, when it has ended."""
     return subprocess.run(
         program(*arguments),
         cwd=cwd,

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import forks
 import pgserver
 import pytest
 import sqlalchemy as sa
@@ -25,6 +26,10 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     package = str(Path(pgqueue.__file__).parents[1])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    forks.close_shared()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

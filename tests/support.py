@@ -12,7 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import forks
 import sqlalchemy as sa
+from forks import Fork
 
 from pgqueue.engine import reading
 
@@ -53,20 +55,27 @@ def execute(engine: sa.Engine, sql: str, **parameters: Any) -> int:
 
 
 class Process:
-    """A child process whose output can be read while it runs."""
+    """A process whose output can be read while it runs: a fork where it can be one, otherwise a new interpreter."""
 
     def __init__(self, arguments: Sequence[str], *, cwd: Path, **environ: str) -> None:
         self.log = cwd / f"process-{time.monotonic_ns()}.log"
-        self._output = self.log.open("wb")
-        self.process = subprocess.Popen(
-            list(arguments),
-            cwd=cwd,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **environ},
-            stdin=subprocess.DEVNULL,
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        self.log.touch()
+        command = ["python" if word == sys.executable else word for word in arguments]
+        environ = {**os.environ, "PYTHONUNBUFFERED": "1", **environ}
+        self.process: Fork | subprocess.Popen[bytes]
+        if forks.can_run(command):
+            self.process = forks.shared().start(command, cwd=cwd, environ=environ, outputs=[self.log, self.log])
+            return
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(
+                list(arguments),
+                cwd=cwd,
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     @property
     def pid(self) -> int:
@@ -91,7 +100,6 @@ class Process:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
         self.process.wait()
-        self._output.close()
 
 
 @contextmanager

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import sqlalchemy as sa
 from catalog import snapshot
 from support import execute
@@ -20,14 +20,8 @@ def alembic(folder: Path, *arguments: str, url: str | None) -> subprocess.Comple
     environ = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
     if url is not None:
         environ["PGQUEUE_DATABASE_URL"] = url
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-m", "alembic", "-c", str(CHECKOUT / "alembic.ini"), *arguments],
-        cwd=folder,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command = ["python", "-W", "error", "-m", "alembic", "-c", str(CHECKOUT / "alembic.ini"), *arguments]
+    return forks.shared().run(command, cwd=folder, environ=environ)
 
 
 def test_upgrade_check_current_and_downgrade_work(empty: sa.Engine, empty_url: str, tmp_path: Path) -> None:

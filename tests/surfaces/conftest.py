@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-from forks import Forks
+from forks import Forks, shared
 
 
-@pytest.fixture(scope="session")
-def forks() -> Iterator[Forks]:
-    with Forks() as started:
-        yield started
+@pytest.fixture
+def forks() -> Forks:
+    return shared()
