@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -47,7 +47,7 @@ def crash(task: Task[..., Any], payload: Mapping[str, Any], /, *, at: CrashPoint
     """
     if at not in CRASH_POINTS:
         raise ConfigurationError(f"at must be one of {', '.join(CRASH_POINTS)}, got {at!r}")
-    pgq = task.pgq
+    pgq = cast(PgQueue, task.pgq)  # nothing else registers tasks
     if is_in_memory(pgq.url):
         raise ConfigurationError("a crash needs a database that outlives its connection: PostgreSQL or a SQLite file")
     queue = f"{CRASH_QUEUES}{uuid.uuid4().hex[:12]}"  # with nothing else in it

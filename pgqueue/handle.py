@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import sqlalchemy as sa
 
-from pgqueue import results
+from pgqueue import operations, results
 from pgqueue.errors import ConfigurationError, JobCancelled, JobFailed, JobNotFound, PgqueueError, ResultTimeout
 from pgqueue.job import Job, JobStatus
 from pgqueue.results import Standing
@@ -44,8 +44,6 @@ class Queue(Protocol):
     def reading(self) -> AbstractContextManager[sa.Connection]: ...
 
     def read_async(self, work: Callable[[sa.Connection], T], /) -> Awaitable[T]: ...
-
-    def get_job(self, job_id: int) -> Job: ...
 
 
 class JobHandle:
@@ -87,7 +85,9 @@ class JobHandle:
     def job(self) -> Job:
         """The job as it stands. Raises JobNotFound."""
         self._require_committed()
-        return self._of().get_job(self.id)
+        queue = self._of()
+        with queue.reading() as connection:
+            return operations.get_job(connection, queue.tables, self.id)
 
     def status(self) -> JobStatus:
         """Where the job stands. Raises JobNotFound."""

@@ -146,6 +146,11 @@ class NewJob:
     ordering_key: str | None = None
     rate_key: str | None = None
 
+    @property
+    def is_due_at_once(self) -> bool:
+        """Whether a worker may run it as soon as it is committed."""
+        return self.delay_seconds is None and self.run_at is None
+
 
 # How an attempt ended --------------------------------------------------------------------------------------
 

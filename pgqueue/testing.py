@@ -25,6 +25,7 @@ from sqlalchemy.orm import Session
 from pgqueue import operations
 from pgqueue.client import PgQueue, Task
 from pgqueue.crashing import CRASH_POINTS, CrashPoint, crash, crash_matrix
+from pgqueue.database import Database
 from pgqueue.engine import begins_late
 from pgqueue.errors import ConfigurationError
 from pgqueue.job import Job
@@ -389,14 +390,14 @@ class Tester:
             yield
 
 
-def _in(given: object, call: str, pgq: PgQueue, work: Callable[[sa.Connection], T]) -> T:
+def _in(given: object, call: str, pgq: Database, work: Callable[[sa.Connection], T]) -> T:
     target, connection = open_transaction(given, call, pgq._job_class)
     if isinstance(target, Session):
         target.flush()
     return work(connection)
 
 
-def _in_async(given: object, call: str, pgq: PgQueue, work: Callable[[sa.Connection], T]) -> Awaitable[T]:
+def _in_async(given: object, call: str, pgq: Database, work: Callable[[sa.Connection], T]) -> Awaitable[T]:
     def flushed(target: Session | sa.Connection, connection: sa.Connection) -> T:
         if isinstance(target, Session):
             target.flush()

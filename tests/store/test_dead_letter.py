@@ -145,7 +145,7 @@ def test_no_ids_are_no_work(pgq: PgQueue) -> None:
 def test_all_that_fit_a_filter_are_replayed_in_batches_of_their_own(
     pgq: PgQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pgqueue.client.BATCH_JOBS", 2)
+    monkeypatch.setattr("pgqueue.repairing.BATCH_JOBS", 2)
     ours = add_dead(pgq, 5, task="mail", error="Timeout")
     others = [*add_dead(pgq, 2, task="mail"), *add_dead(pgq, 2, task="work", error="Timeout"), *add(pgq, 1)]
     told: list[int] = []
@@ -172,7 +172,7 @@ def test_a_dry_run_says_what_would_be_done_and_changes_nothing(pgq: PgQueue) -> 
 
 
 def test_an_interrupted_replay_goes_on_where_it_stopped(pgq: PgQueue, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pgqueue.client.BATCH_JOBS", 2)
+    monkeypatch.setattr("pgqueue.repairing.BATCH_JOBS", 2)
     ids = add_dead(pgq, 5)
 
     def interrupt(count: int) -> None:
@@ -398,7 +398,7 @@ def test_a_job_that_is_not_there_is_said_to_be_gone(pgq: PgQueue) -> None:
 
 
 def test_a_purge_deletes_dead_jobs_and_leaves_who_did_it(pgq: PgQueue, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pgqueue.client.BATCH_JOBS", 2)
+    monkeypatch.setattr("pgqueue.repairing.BATCH_JOBS", 2)
     job_id = add_one(pgq, max_retries=0)
     finish(pgq, died(claim_one(pgq)))
     more = add_dead(pgq, 4)
@@ -517,7 +517,7 @@ def test_the_view_survives_an_error_that_is_no_json_object(pgq: PgQueue) -> None
 
 
 def test_all_jobs_are_read_page_by_page(pgq: PgQueue, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pgqueue.client.PAGE_JOBS", 2)
+    monkeypatch.setattr("pgqueue.inspecting.PAGE_JOBS", 2)
     ids = add(pgq, 5)
 
     reader: Iterator[Any] = pgq.iter_jobs()

@@ -33,7 +33,7 @@ from jobs import (
 )
 
 from pgqueue import ConfigurationError, DuplicateJob, IllegalTransition, JobNotFound, PgQueue, dead_letter, operations
-from pgqueue.client import default_actor
+from pgqueue.actor import default_actor
 from pgqueue.dialect import seconds_from_now
 from pgqueue.job import JobStatus
 

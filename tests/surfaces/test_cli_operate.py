@@ -379,7 +379,7 @@ def test_a_job_is_edited_and_replayed_with_another_payload(pgqueue: Command, pgq
 def test_an_export_is_a_line_a_job_oldest_first(
     pgqueue: Command, pgq: PgQueue, dead: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("pgqueue.client.PAGE_JOBS", 2)
+    monkeypatch.setattr("pgqueue.inspecting.PAGE_JOBS", 2)
     file = tmp_path / "dead.jsonl"
 
     printed = pgqueue("jobs", "export", "--status", "dead").stdout.splitlines()

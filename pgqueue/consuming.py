@@ -1,0 +1,281 @@
+"""Claims, for consumers that are not tasks: claim, ack, nack and extend."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import sqlalchemy as sa
+
+from pgqueue import expiry, limits, operations, retention, store
+from pgqueue.arguments import checked_limit, checked_tasks, delay_seconds, is_unicode, lease_seconds
+from pgqueue.config import DEFAULT_QUEUE
+from pgqueue.errors import ClaimLost, ConfigurationError, WrongSession
+from pgqueue.events import events_of
+from pgqueue.executor import MESSAGE_CHARACTERS_MAX, clean, describe
+from pgqueue.job import ClaimedJob, Completed, Discarded, ErrorInfo, EventType, Failed, Outcome, Released
+from pgqueue.limiting import Limiter
+from pgqueue.retry import Retry, decide
+from pgqueue.task import checked_name, encode_json
+from pgqueue.transaction import (
+    AsyncTransaction,
+    SyncTransaction,
+    open_transaction,
+    run_in_transaction,
+    tell_after_commit,
+)
+
+#: How many expired claims a low-level `claim` takes from dead workers before it looks for due jobs.
+SWEEP_BEFORE_CLAIM = 100
+
+#: How long a low-level `claim` leaves it at that no expired job is claimed, before it lets expired ones be dead.
+EXPIRE_SECONDS = 1.0
+
+#: The policy behind a `nack` with an error: what a task without settings of its own has.
+_DEFAULT_RETRY = Retry()
+
+
+class Consumer(Limiter):
+    """Calls that claim jobs, and end or prolong the claims."""
+
+    _look_for_expired_at = 0.0  # monotonic; `claim` does it now and then
+
+    def claim(
+        self,
+        worker: str,
+        *,
+        queue: str = DEFAULT_QUEUE,
+        tasks: Sequence[str] | None = None,
+        limit: int = 1,
+        lease: float | timedelta = 30.0,
+    ) -> list[ClaimedJob]:
+        """Claim up to `limit` due jobs of a queue for `lease` seconds; an empty list when there are none.
+
+        `tasks`: only jobs of the tasks of these names.
+        First takes back claims that have expired, so that what a dead consumer held is among the result.
+        """
+        if not self._limits_declared and self.declared_limits:
+            self.declare_limits()
+        return self._run(lambda connection: self._claim(connection, worker, queue, tasks, limit, lease))
+
+    async def claim_async(
+        self,
+        worker: str,
+        *,
+        queue: str = DEFAULT_QUEUE,
+        tasks: Sequence[str] | None = None,
+        limit: int = 1,
+        lease: float | timedelta = 30.0,
+    ) -> list[ClaimedJob]:
+        if not self._limits_declared and self.declared_limits:
+            await asyncio.to_thread(self.declare_limits)
+        return await self._run_async(lambda connection: self._claim(connection, worker, queue, tasks, limit, lease))
+
+    def _claim(
+        self,
+        connection: sa.Connection,
+        worker: str,
+        queue: str,
+        tasks: Sequence[str] | None,
+        limit: int,
+        lease: float | timedelta,
+    ) -> list[ClaimedJob]:
+        checked_name("queue", queue)
+        if not isinstance(worker, str) or not worker or "\0" in worker or not is_unicode(worker):
+            raise ConfigurationError(
+                f"worker must be a name that is not empty, without NUL characters and lone surrogates, got {worker!r}"
+            )
+        names = None if tasks is None else checked_tasks(tasks)
+        checked_limit(limit)
+        seconds = lease_seconds(lease)
+        store.sweep(connection, self.tables, limit=SWEEP_BEFORE_CLAIM, actor=worker)
+        if time.monotonic() >= self._look_for_expired_at:
+            expired = expiry.expire(connection, self.tables, limit=SWEEP_BEFORE_CLAIM, actor=worker)
+            if len(expired) < SWEEP_BEFORE_CLAIM:
+                self._look_for_expired_at = time.monotonic() + EXPIRE_SECONDS
+        asked: dict[str, Any] = {
+            "queue": queue,
+            "worker": worker,
+            "token": uuid.uuid4(),
+            "limit": limit,
+            "lease": seconds,
+            "tasks": names,
+        }
+        claimed = store.claim(connection, self.tables, **asked)
+        return claimed or limits.claim(connection, self.tables, **asked).jobs
+
+    def get_claim(self, job_id: int, token: uuid.UUID) -> ClaimedJob:
+        """The job as the holder of this claim token has it: for a consumer that kept only the two, such as one behind
+        a web service. Raises ClaimLost when the token is not, or no longer, that of the job; JobNotFound."""
+        with self.reading() as connection:
+            return operations.get_claim(connection, self.tables, job_id, token)
+
+    def ack(
+        self,
+        jobs: ClaimedJob | Iterable[ClaimedJob],
+        *,
+        result: Any = None,
+        session: SyncTransaction | None = None,
+    ) -> None:
+        """The jobs are done: completed, with `result` (anything JSON can carry) stored in each.
+
+        Commits by itself, or with `session` in your transaction: then your rows and the completion commit
+        together. Raises ClaimLost when a claim was lost, naming the jobs; the others are completed all the same,
+        unless you roll your session back.
+        """
+        result_json = None if result is None else encode_json(result, "result")
+        self._finish("ack", jobs, lambda job: Completed(result_json), session)
+
+    async def ack_async(
+        self,
+        jobs: ClaimedJob | Iterable[ClaimedJob],
+        *,
+        result: Any = None,
+        session: AsyncTransaction | None = None,
+    ) -> None:
+        result_json = None if result is None else encode_json(result, "result")
+        await self._finish_async("ack_async", jobs, lambda job: Completed(result_json), session)
+
+    def nack(
+        self,
+        jobs: ClaimedJob | Iterable[ClaimedJob],
+        *,
+        delay: float | timedelta | None = None,
+        error: str | BaseException | None = None,
+        dead: bool = False,
+        session: SyncTransaction | None = None,
+    ) -> None:
+        """Give the jobs back.
+
+        Without `error`: pending again at once, or after `delay`, and no retry is charged.
+        With `error`: the attempt failed. A retry is charged and waits `delay`, or the default backoff; without a
+        retry left the job is dead. With `dead=True` it is dead now.
+        Raises ClaimLost as `ack` does.
+        """
+        self._finish("nack", jobs, _nack_outcome(delay, error, dead), session, delay=delay)
+
+    async def nack_async(
+        self,
+        jobs: ClaimedJob | Iterable[ClaimedJob],
+        *,
+        delay: float | timedelta | None = None,
+        error: str | BaseException | None = None,
+        dead: bool = False,
+        session: AsyncTransaction | None = None,
+    ) -> None:
+        await self._finish_async("nack_async", jobs, _nack_outcome(delay, error, dead), session, delay=delay)
+
+    def extend(self, jobs: ClaimedJob | Iterable[ClaimedJob], *, lease: float | timedelta = 30.0) -> None:
+        """Hold the jobs for `lease` more seconds from now. Raises ClaimLost, naming those that are held no more.
+
+        Then `job.cancel_requested` says whether somebody asked the job to stop: an `ack` still completes it, a `nack`
+        of any kind makes it cancelled.
+        """
+        chosen = _as_list(jobs)
+        _require_written(chosen, self._run(lambda connection: self._extend(connection, chosen, lease)))
+
+    async def extend_async(self, jobs: ClaimedJob | Iterable[ClaimedJob], *, lease: float | timedelta = 30.0) -> None:
+        chosen = _as_list(jobs)
+        _require_written(chosen, await self._run_async(lambda connection: self._extend(connection, chosen, lease)))
+
+    def _extend(self, connection: sa.Connection, jobs: Sequence[ClaimedJob], lease: float | timedelta) -> set[int]:
+        claims = [(job.id, job.claim_token) for job in jobs]
+        held = store.extend(connection, self.tables, claims, lease=lease_seconds(lease))
+        for job in jobs:
+            job.cancel_requested = held.get(job.id, job.cancel_requested)
+        return set(held)
+
+    def _finish(
+        self,
+        call: str,
+        jobs: ClaimedJob | Iterable[ClaimedJob],
+        outcome: Callable[[ClaimedJob], Outcome],
+        session: SyncTransaction | None,
+        delay: float | timedelta | None = None,
+    ) -> None:
+        chosen = _as_list(jobs)
+        if session is not None:
+            _, connection = open_transaction(session, call, self._job_class)
+            written = self._write(connection, chosen, outcome, delay)
+        else:
+            written = self._run(lambda connection: self._write(connection, chosen, outcome, delay))
+        _require_written(chosen, written)
+
+    async def _finish_async(
+        self,
+        call: str,
+        jobs: ClaimedJob | Iterable[ClaimedJob],
+        outcome: Callable[[ClaimedJob], Outcome],
+        session: AsyncTransaction | None,
+        delay: float | timedelta | None = None,
+    ) -> None:
+        chosen = _as_list(jobs)
+        if session is not None:
+            written = await run_in_transaction(
+                session, call, self._job_class, lambda _, connection: self._write(connection, chosen, outcome, delay)
+            )
+        else:
+            written = await self._run_async(lambda connection: self._write(connection, chosen, outcome, delay))
+        _require_written(chosen, written)
+
+    def _write(
+        self,
+        connection: sa.Connection,
+        jobs: Sequence[ClaimedJob],
+        outcome: Callable[[ClaimedJob], Outcome],
+        delay: float | timedelta | None,
+    ) -> set[int]:
+        transitions = []
+        for job in jobs:
+            transition = decide(job, outcome(job), _DEFAULT_RETRY, random=1.0)
+            if delay is not None and transition.event is EventType.RETRY:
+                transition = replace(transition, delay_seconds=delay_seconds(delay))
+            known = self.tasks.get(job.task)
+            if known is not None:
+                transition.keep_seconds = known.definition.keep_seconds(transition.status)
+            transitions.append(transition)
+        actor = jobs[0].claimed_by if jobs else ""
+        written = retention.finish(connection, self._tables_of(connection), transitions, actor=actor)
+        if self._listeners.wanted:
+            ends = [event for job, end in zip(jobs, transitions, strict=True) for event in events_of(end, job, None)]
+            tell_after_commit(connection, lambda: self._listeners.tell(end for end in ends if end.job_id in written))
+        return written
+
+
+def _nack_outcome(
+    delay: float | timedelta | None, error: str | BaseException | None, dead: bool
+) -> Callable[[ClaimedJob], Outcome]:
+    seconds = None if delay is None else delay_seconds(delay)
+    if isinstance(error, BaseException):
+        info = describe(error)
+    else:
+        info = ErrorInfo("Nack", clean(error or "", MESSAGE_CHARACTERS_MAX))
+    if dead:
+        if seconds is not None:
+            raise ConfigurationError("give either delay or dead=True, not both: a dead job does not run again")
+        return lambda job: Discarded(info.message or "given up by its consumer", info)
+    if error is None:
+        return lambda job: Released("given back by its consumer", seconds)
+    return lambda job: Failed(info)
+
+
+def _as_list(jobs: ClaimedJob | Iterable[ClaimedJob]) -> list[ClaimedJob]:
+    chosen = [jobs] if isinstance(jobs, ClaimedJob) else list(jobs)
+    for job in chosen:
+        if not isinstance(job, ClaimedJob):
+            raise WrongSession(f"expected jobs as claim() returned them, got {type(job).__name__}")
+    return chosen
+
+
+def _require_written(jobs: Sequence[ClaimedJob], written: set[int]) -> None:
+    lost = [job.id for job in jobs if job.id not in written]
+    if lost:
+        raise ClaimLost(
+            f"the claim on job{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))} was lost: its lease ran out "
+            "and it was claimed again, or it was finished or cancelled; nothing was written for it"
+        )

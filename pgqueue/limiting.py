@@ -1,0 +1,107 @@
+"""The limits of queues and tasks: those the code declares, and those that people set while workers run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from typing import Any
+
+import sqlalchemy as sa
+
+from pgqueue import limits
+from pgqueue.actor import who, why
+from pgqueue.admission import Limits
+from pgqueue.config import DEFAULT_QUEUE
+from pgqueue.dialect import POSTGRESQL
+from pgqueue.errors import ConfigurationError
+from pgqueue.limits import LimitsRow, Scope
+from pgqueue.registry import Registry
+from pgqueue.task import checked_name
+
+
+class Limiter(Registry):
+    """Calls about limits."""
+
+    _limits_declared = False
+
+    def declare_limits(self, tasks: Iterable[str] | None = None) -> None:
+        """Make the limits known that the code declares, unless somebody changed them since. Workers do so when they
+        start, and consumers at their first `claim`.
+
+        tasks: the names of those whose limits, if the code declares none, were lifted in it; all tasks unless given.
+        """
+        declared, names = self.declared_limits, list(self.tasks if tasks is None else tasks)
+        with self.reading() as connection:
+            outdated = limits.outdated(connection, self.tables, declared, names)
+        if outdated:
+            self._run(lambda connection: limits.declare(connection, self.tables, outdated))
+        self._limits_declared = True
+
+    def list_limits(self) -> list[LimitsRow]:
+        """The limits of queues and tasks that are kept now."""
+        with self.reading() as connection:
+            return limits.list_limits(connection, self.tables)
+
+    def set_limits(
+        self,
+        *,
+        queue: str | None = None,
+        task: str | None = None,
+        reason: str | None = None,
+        actor: str | None = None,
+        **changes: Any,
+    ) -> Limits:
+        """Change limits of a queue or a task while workers run; what they are then.
+
+        changes: fields of `Limits`; None lifts one. What is changed here outlasts what the code declares, until
+        `reset_limits`.
+        """
+        scope, name = _limits_of_what(queue, task)
+        known = {field.name for field in fields(Limits)}
+        for field_name in changes:
+            if field_name not in known:
+                raise ConfigurationError(f"limits are {', '.join(sorted(known))}; got {field_name!r}")
+
+        def change(connection: sa.Connection) -> Limits:
+            before = limits.get_limits(connection, self.tables, scope, name, lock=True) or Limits()
+            wanted = replace(before, **changes)
+            _check_scope(scope, name, wanted)
+            limits.put_limits(connection, self.tables, scope, name, wanted, declared_by=who(actor), reason=why(reason))
+            return wanted
+
+        wanted = self._run(change)
+        self._wake_all(scope, name)
+        return wanted
+
+    def reset_limits(self, *, queue: str | None = None, task: str | None = None, actor: str | None = None) -> Limits:
+        """Give a queue or a task the limits back that this code declares for it; what they are then."""
+        scope, name = _limits_of_what(queue, task)
+        wanted = self.declared_limits.get((scope, name), Limits())
+        self._run(
+            lambda connection: limits.put_limits(
+                connection, self.tables, scope, name, wanted, declared_by=limits.CODE, reason=who(actor)
+            )
+        )
+        self._wake_all(scope, name)
+        return wanted
+
+    def _wake_all(self, scope: Scope, name: str) -> None:
+        if self.tables.dialect_name == POSTGRESQL:
+            task = self.tasks.get(name)
+            self._wake_sender({name if scope == "queue" else task.definition.queue if task else DEFAULT_QUEUE}, True)
+
+
+def _limits_of_what(queue: str | None, task: str | None) -> tuple[Scope, str]:
+    if (queue is None) == (task is None):
+        raise ConfigurationError("name either a queue or a task whose limits are meant")
+    return ("queue", checked_name("queue", queue)) if queue is not None else ("task", checked_name("task", task))
+
+
+def _check_scope(scope: Scope, name: str, wanted: Limits) -> None:
+    of_queues = ("max_depth", "on_full", "promote_after")
+    foreign = ("key_concurrency",) if scope == "queue" else of_queues
+    for field_name in foreign:
+        if getattr(wanted, field_name) is not None:
+            raise ConfigurationError(
+                f"{field_name} is a limit of {'tasks' if scope == 'queue' else 'queues'}, and {name!r} is a {scope}"
+            )
