@@ -85,6 +85,12 @@ class CronRule:
 
     def ticks_after(self, moment: datetime) -> Iterator[datetime]:
         """The ticks later than `moment` in their order, in UTC."""
+        try:
+            yield from self._ticks_after(moment)
+        except OverflowError:  # a moment that somebody stored by SQL
+            raise ConfigurationError(f"cron expression {self.expression!r}: no tick before the year 10000") from None
+
+    def _ticks_after(self, moment: datetime) -> Iterator[datetime]:
         at = moment.astimezone(UTC).replace(microsecond=0)
         offset = self._offset(at)
         while True:

@@ -174,7 +174,7 @@ class Inserter(Database):
             depth = limits.depth(connection, tables, queue, at_most=kept.max_depth + 1)
             if depth + count <= kept.max_depth:
                 return True
-            if kept.on_full == "drop":
+            if kept.on_full == "drop" and may_block:
                 return False
             left = deadline - time.monotonic()
             if kept.on_full != "block" or left <= 0 or count > kept.max_depth:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -37,6 +38,15 @@ ASIDE_SECONDS = 30.0
 
 #: Between two deletions of old rows of ticks.
 PRUNE_SECONDS = 60.0
+
+
+@dataclass(slots=True)
+class _Settled:
+    """What became of the ticks of a schedule that were due."""
+
+    ticks: int = 0
+    queues: set[str] = field(default_factory=set)  #: those that got jobs
+    problem: Exception | None = None  #: why the next tick is still open
 
 
 class Scheduler:
@@ -68,6 +78,8 @@ class Scheduler:
     def step(self, connection: sa.Connection) -> float:
         if time.monotonic() >= self._renew_at:
             self._declare(connection)
+        if time.monotonic() >= self._prune_at:
+            self._prune(connection)
         self._aside = {name: until for name, until in self._aside.items() if until > time.monotonic()}
         with committing_each(connection):
             wait = schedules.seconds_until_due(
@@ -79,8 +91,6 @@ class Scheduler:
             locked_wait, self._locked_wait = self._locked_wait, min(self._locked_wait * 2, LOCKED_SECONDS_MAX)
             return locked_wait
         self._locked_wait = LOCKED_SECONDS_MIN
-        if time.monotonic() >= self._prune_at:
-            self._prune(connection)
         return LOOK_SECONDS if wait is None else min(wait, LOOK_SECONDS)
 
     def declare_in(self, connection: sa.Connection) -> None:
@@ -93,7 +103,9 @@ class Scheduler:
             connection, self._tables, tasks=self._task_names, aside=[], limit=SCHEDULES_PER_PASS
         ):
             for schedule, moment in due:
-                self._settle_one(connection, schedule, moment)
+                settled = self._settle_one(connection, schedule, moment)
+                if settled.problem is not None:
+                    raise settled.problem
 
     def _declare(self, connection: sa.Connection) -> None:
         """Say what this worker's code declares, and then, now and then, that it still does."""
@@ -117,45 +129,53 @@ class Scheduler:
     def _settle(self, connection: sa.Connection) -> bool:
         """Settle what is due of some schedules, in one transaction; False when others are at all of them."""
         queues: set[str] = set()
-        at: Schedule | None = None
-        try:
-            with connection.begin():
-                due = schedules.lock_due(
-                    connection, self._tables, tasks=self._task_names, aside=list(self._aside), limit=SCHEDULES_PER_PASS
-                )
-                left = TICKS_PER_PASS
-                for at, now in due:
-                    made, enqueued = self._settle_one(connection, at, now)
-                    queues |= enqueued
-                    left -= made
-                    if left <= 0:  # the transaction has been long enough; the next one takes the others
-                        break
-        except Exception as error:
-            if at is None or not (isinstance(error, PgqueueError) or is_refusal(error)):
-                raise
-            # Of what was locked nothing is settled now. The others shall not have to wait for this one.
-            self._put_aside(at, error)
-            return True
+        problems: list[tuple[Schedule, Exception]] = []
+        with connection.begin():
+            due = schedules.lock_due(
+                connection, self._tables, tasks=self._task_names, aside=list(self._aside), limit=SCHEDULES_PER_PASS
+            )
+            left = TICKS_PER_PASS
+            for schedule, now in due:
+                settled = self._settle_one(connection, schedule, now)
+                queues |= settled.queues
+                if settled.problem is not None:
+                    problems.append((schedule, settled.problem))
+                left -= settled.ticks
+                if left <= 0:  # the transaction has been long enough; the next one takes the others
+                    break
+        for schedule, problem in problems:
+            self._put_aside(schedule, problem)
         if queues:
             self._enqueued(queues)
         return bool(due)
 
-    def _settle_one(self, connection: sa.Connection, schedule: Schedule, now: datetime) -> tuple[int, set[str]]:
-        """Settle what is due of a locked schedule: how many ticks that was, and the queues that got jobs."""
-        due = settle(schedule.rule, Catchup(schedule.catchup), schedule.next_tick_at, now)
-        queues = set()
+    def _settle_one(self, connection: sa.Connection, schedule: Schedule, now: datetime) -> _Settled:
+        """Settle what is due of a locked schedule. At a tick whose job cannot be enqueued it stops, and leaves open
+        that one and those after it."""
+        settled = _Settled()
+        try:
+            due = settle(schedule.rule, Catchup(schedule.catchup), schedule.next_tick_at, now)
+        except Exception as error:  # noqa: BLE001 — a row that somebody made by SQL
+            settled.problem = error
+            return settled
+        next_tick_at = due.next_tick_at
         for tick in due.ticks:
-            if not schedules.add_tick(connection, self._tables, schedule.name, tick):
-                continue
-            result = enqueue(connection, connection, self._tables, schedule, self._tasks, tick)
-            if result.inserted:
-                schedules.set_job(connection, self._tables, schedule.name, tick, result.id)
-                queues.add(schedule.queue)
+            try:
+                with connection.begin_nested():
+                    self._enqueue(connection, schedule, tick, settled)
+            except Exception as error:
+                if not (isinstance(error, PgqueueError) or is_refusal(error)):
+                    raise
+                settled.problem, next_tick_at = error, tick
+                break
+            settled.ticks += 1
+        if settled.problem is not None and settled.ticks == 0:
+            return settled
         missed = due.skipped
         if missed is not None and (now - missed[0]).total_seconds() <= MISSED_SECONDS:
             missed = None  # a later tick came before anybody got round to these
         schedules.settled(
-            connection, self._tables, schedule, next_tick_at=due.next_tick_at, missed=missed, actor=self._actor
+            connection, self._tables, schedule, next_tick_at=next_tick_at, missed=missed, actor=self._actor
         )
         if missed is not None:
             logger.warning(
@@ -165,7 +185,15 @@ class Scheduler:
                 missed[1].isoformat(),
                 schedule.catchup,
             )
-        return len(due.ticks), queues
+        return settled
+
+    def _enqueue(self, connection: sa.Connection, schedule: Schedule, tick: datetime, settled: _Settled) -> None:
+        if not schedules.add_tick(connection, self._tables, schedule.name, tick):
+            return
+        result = enqueue(connection, connection, self._tables, schedule, self._tasks, tick)
+        if result.inserted:
+            schedules.set_job(connection, self._tables, schedule.name, tick, result.id)
+            settled.queues.add(schedule.queue)
 
     def _put_aside(self, schedule: Schedule, error: Exception) -> None:
         self._aside[schedule.name] = time.monotonic() + ASIDE_SECONDS

@@ -217,9 +217,10 @@ def declare(
             changes[name] = {**_definition(new), **_next_tick(row, new, moment), "updated_at": now()}
     if changes:
         schedules = tables.schedules
-        free = set(connection.execute(_lock_declared(tables), {"names": sorted(changes)}).scalars())
-        for name in sorted(free):
-            values = changes[name]
+        free = {row.name: _read(row) for row in connection.execute(_lock_declared(tables), {"names": sorted(changes)})}
+        for name, row in free.items():
+            # Another worker may have declared the same just now, and somebody else settled ticks since.
+            values = {} if _is_same(row, wanted[name]) else changes[name]
             connection.execute(sa.update(schedules).where(schedules.c.name == name).values(declared_at=now(), **values))
             if values:
                 new = wanted[name]
@@ -239,7 +240,7 @@ def _lock_declared(tables: Tables) -> sa.Select[Any]:
     """Those that still come from code, and that nobody has locked."""
     schedules = tables.schedules
     return (
-        sa.select(schedules.c.name)
+        sa.select(*_columns(schedules))
         .where(text_in(schedules.c.name, _NAMES), schedules.c.declared_at.is_not(None))
         .order_by(schedules.c.name)
         .with_for_update(skip_locked=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from typing import Any, Protocol, TypeVar
 
@@ -301,33 +301,15 @@ def enqueue(
 
     Of a task that is not known here, or whose payload fits no more, the job is what the row says. Then it waits for a
     worker that knows the task, or its attempt fails and says why. A queue that is full raises QueueFull for a tick at
-    once, whatever it does to others.
+    once, whatever it does to others: a tick can wait.
+
+    The key of a schedule without overlap stands back behind that of a task which is unique. As its jobs have one
+    payload, they have one key.
     """
     metadata = {SCHEDULE_KEY: schedule.name}
     if tick is not None:
         metadata[TICK_KEY] = tick.astimezone(UTC).isoformat().replace("+00:00", "Z")
     unique_key = None if schedule.overlap else f"schedule:{schedule.name}"
-    task: Any = tasks.get(schedule.task)
-    if task is not None:
-        job: NewJob | None = None
-        payload: dict[str, Any] | None = None
-        with suppress(ConfigurationError, ValueError, RecursionError):  # a row that somebody made by SQL
-            task = task.using(
-                queue=schedule.queue,
-                priority=schedule.priority,
-                max_retries=schedule.max_retries,
-                unique_key=unique_key,
-                on_conflict=OnConflict.SKIP,
-                metadata=metadata,
-            )
-            payload = schedule.payload
-        if payload is not None:
-            task, payload = task._seen_by_middleware(payload)
-            with suppress(InvalidPayload):
-                job = task._new_job((), payload)
-        if job is not None:
-            handle = task._insert(target, connection, job, may_block=tick is None)
-            return EnqueueResult(handle.id, handle.inserted)
     plain = NewJob(
         task=schedule.task,
         payload_json=schedule.payload_json,
@@ -337,4 +319,27 @@ def enqueue(
         unique_key=unique_key,
         metadata_json=json.dumps(metadata),
     )
+    task: Any = tasks.get(schedule.task)
+    if task is not None:
+        payload: dict[str, Any] | None = None
+        has_own_key = task.definition.unique is not None
+        with suppress(ConfigurationError, ValueError, RecursionError):  # a row that somebody made by SQL
+            task = task.using(
+                queue=schedule.queue,
+                priority=schedule.priority,
+                max_retries=schedule.max_retries,
+                unique_key=None if has_own_key else unique_key,
+                on_conflict=OnConflict.SKIP,
+                metadata=metadata,
+            )
+            payload = schedule.payload
+        if payload is not None:
+            task, payload = task._seen_by_middleware(payload)
+            job = plain
+            with suppress(InvalidPayload):
+                job = task._new_job((), payload)
+            if has_own_key and job.unique_key is None:
+                job = replace(job, unique_key=unique_key, period_seconds=None)
+            handle = task._insert(target, connection, job, may_block=tick is None)
+            return EnqueueResult(handle.id, handle.inserted)
     return store.insert_job(connection, tables, plain, on_conflict=OnConflict.SKIP, actor=who(None))

@@ -209,6 +209,12 @@ def test_any_text_is_a_rule_with_a_tick_or_refused(expression: str) -> None:
     assert rule.next_after(datetime(2026, 1, 1, tzinfo=UTC)) > datetime(2026, 1, 1, tzinfo=UTC)
 
 
+@pytest.mark.parametrize("zone", ["UTC", ZURICH, "America/New_York"])
+def test_a_moment_behind_which_there_is_no_tick_is_said(zone: str) -> None:
+    with pytest.raises(ConfigurationError, match="no tick before the year 10000"):
+        CronRule("0 3 * * *", zone).next_after(datetime(9999, 12, 31, 23, 59, 58, tzinfo=UTC))
+
+
 def test_catchup_is_one_of_three_words() -> None:
     assert cron.checked_catchup("all") is Catchup.ALL
     with pytest.raises(ConfigurationError, match="none, latest, all"):

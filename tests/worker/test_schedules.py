@@ -386,6 +386,102 @@ def test_a_full_queue_keeps_the_tick_open(pgq: PgQueue, report: Task[..., Any]) 
     assert len(ticks_of(pgq)) == 1
 
 
+@pytest.mark.parametrize("on_full", ["error", "block", "drop"])
+def test_a_full_queue_keeps_a_tick_open_whatever_it_does_to_others(
+    pgq: PgQueue, report: Task[..., Any], on_full: str
+) -> None:
+    pgq.queue("reports", max_depth=1, on_full=on_full, **({"block_timeout": 600.0} if on_full == "block" else {}))
+    upsert(pgq, cron=EVERY_MINUTE)
+    pgq.schedules.run_now("nightly")
+    set_back(pgq, seconds=90)
+
+    Steps(pgq).settle()
+
+    assert ticks_of(pgq) == []
+    assert pgq.schedules.get("nightly").next_tick_at < database_now(pgq)
+
+
+@pytest.mark.parametrize("payload", [{"size": 2}, {"sise": 2}])
+def test_of_many_missed_ticks_a_queue_takes_as_many_as_have_room_and_the_others_later(
+    pgq: PgQueue, report: Task[..., Any], payload: dict[str, int]
+) -> None:
+    pgq.queue("reports", max_depth=3)
+    upsert(pgq, cron=EVERY_MINUTE, catchup="all")
+    change(pgq, payload=payload)  # one that fits, and one that fits no more
+    set_back(pgq, minutes=5)
+    steps = Steps(pgq)
+
+    steps.settle()
+    first = ticks_of(pgq)
+    for job in pgq.list_jobs():
+        pgq.cancel(job.id)
+    steps.scheduler._aside.clear()  # as after ASIDE_SECONDS
+    steps.settle()
+
+    made = ticks_of(pgq)
+    assert len(first) == 3
+    assert made[:3] == first
+    assert len(made) in (5, 6)
+    assert {later - earlier for (earlier, _), (later, _) in itertools.pairwise(made)} == {timedelta(minutes=1)}
+    assert len({job_id for _, job_id in made}) == len(made)
+
+
+def test_a_schedule_that_fails_leaves_those_alone_that_are_settled_with_it(
+    pgq: PgQueue, report: Task[..., Any]
+) -> None:
+    commits: list[None] = []
+    for number, name in enumerate(("a", "b", "c")):
+        upsert(pgq, name, cron=EVERY_MINUTE, payload={"day": name})
+        set_back(pgq, name, seconds=100 - number)
+
+    @pgq.middleware("enqueue")
+    def refuse(request: EnqueueRequest) -> None:
+        if request.payloads[0]["day"] == "b":
+            raise KeyError("b")
+
+    sa.event.listen(pgq.engine, "commit", lambda _: commits.append(None))
+    steps = Steps(pgq)
+    steps.step()
+
+    assert [len(ticks_of(pgq, name)) for name in ("a", "b", "c")] == [1, 0, 1]
+    assert set(steps.scheduler._aside) == {"b"}
+
+
+def test_a_schedule_without_overlap_keeps_the_key_of_a_unique_task(pgq: PgQueue) -> None:
+    @pgq.task(unique=Unique())
+    def visit(tenant: str) -> None: ...
+
+    with pgq.begin() as connection:
+        by_hand = visit.enqueue(connection, tenant="a")
+    upsert(pgq, task=visit, payload={"tenant": "a"}, cron=EVERY_MINUTE, overlap=False)
+    set_back(pgq, seconds=90)
+
+    Steps(pgq).settle()
+    run = pgq.schedules.run_now("nightly")
+
+    assert [job.id for job in pgq.list_jobs()] == [by_hand.id]
+    assert (run.id, run.inserted) == (by_hand.id, False)
+
+
+def test_old_rows_of_ticks_are_pruned_also_while_there_is_always_something_due(
+    pg: PgQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upsert(pg, task=pg.external_task("report"), cron=EVERY_MINUTE)
+    set_back(pg, seconds=90)
+    at = "'2026-01-01 00:00:00.000'"
+    execute(
+        pg.engine, f"INSERT INTO pgqueue.schedule_ticks (schedule, tick_at, created_at) VALUES ('gone', {at}, {at})"
+    )
+    steps = Steps(pg)
+    steps.scheduler._prune_at = 0.0
+    with pg.engine.begin() as other:
+        other.execute(sa.select(pg.tables.schedules).with_for_update())
+
+        steps.step()
+
+    assert ticks_of(pg, "gone") == []
+
+
 def test_a_row_made_by_plain_sql_ticks(pgq: PgQueue, report: Task[..., Any]) -> None:
     execute(
         pgq.engine, f"INSERT INTO {table(pgq, 'schedules')} (name, task, cron) VALUES ('by-sql', 'report', '* * * * *')"
@@ -600,6 +696,36 @@ def test_in_a_rolling_deploy_the_worker_started_last_counts_and_those_that_stay_
 
     assert pgq.schedules.get("nightly").cron == "0 5 * * *"
     assert pgq.schedules.get("nightly").is_declared
+
+
+def test_of_two_workers_that_declare_a_change_at_once_the_second_leaves_the_next_tick_as_the_first_set_it(
+    pgq: PgQueue, report: Task[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a tick that comes between the two is skipped."""
+    pgq.cron(NIGHTLY, name="nightly")(report)
+    Steps(pgq).settle()
+    pgq.declared_schedules.clear()
+    pgq.cron(EVERY_MINUTE, name="nightly")(report)
+    first, second = Steps(pgq, actor="worker-1"), Steps(pgq, actor="worker-2")
+    lock = schedules._lock_declared
+    due = datetime(2026, 1, 1, tzinfo=UTC)
+
+    def first_is_faster(tables: Any) -> Any:
+        monkeypatch.setattr(schedules, "_lock_declared", lock)
+        first_declares(connection)
+        return lock(tables)
+
+    def first_declares(connection: sa.Connection) -> None:
+        first.scheduler.declare_in(connection)
+        stored = pgq.tables.schedules
+        connection.execute(sa.update(stored).values(next_tick_at=due))
+
+    monkeypatch.setattr(schedules, "_lock_declared", first_is_faster)
+    with pgq.begin() as connection:
+        second.scheduler.declare_in(connection)
+
+    assert pgq.schedules.get("nightly").cron == EVERY_MINUTE
+    assert pgq.schedules.get("nightly").next_tick_at == due
 
 
 def test_a_worker_that_starts_waits_for_nobody_who_changes_a_schedule(pg: PgQueue) -> None:
