@@ -98,6 +98,9 @@ def edit_job(
             f"job {job.row.id} cannot be edited so: another job of its task, with the unique key that belongs to the "
             "new payload, is pending or running"
         ) from None
+    new_key = values.get("unique_key", job.unique_key)
+    if job.unique_key is not None and new_key is not None and new_key != job.unique_key:
+        uniqueness.move_period(connection, tables, job.task, job.row.id, job.unique_key, new_key)
     store.record_all(
         connection,
         tables,

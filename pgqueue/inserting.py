@@ -46,7 +46,7 @@ class Inserter(Database):
         self._enqueue_middleware: list[EnqueueMiddleware] = []
         self._queue_limits: dict[str, Limits] = {}
         self._block_seconds: dict[str, float] = {}
-        self._ordered_queues: set[tuple[str, str]] = set()  # URL and name of those known to keep an order
+        self._ordered_queues: set[tuple[str, str, str]] = set()  # URL, schema and name of those known to keep an order
         #: Told of the transaction after each enqueue there; `testing.inline` puts it here.
         self._after_enqueue: Callable[[Session | sa.Connection, sa.Connection], None] | None = None
 
@@ -159,9 +159,10 @@ class Inserter(Database):
     ) -> bool:
         """Before jobs are stored: whether there is room for them, and that their order will be kept."""
         if ordered:
-            known = (str(connection.engine.url), queue)
+            known = (str(connection.engine.url), tables.schema, queue)
             if known not in self._ordered_queues and limits.note_ordered(connection, tables, queue):
-                self._ordered_queues.add(known)
+                # Perhaps by this very transaction, which may be rolled back.
+                tell_after_commit(connection, lambda: self._ordered_queues.add(known))
         declared = self._queue_limits.get(queue)
         if declared is None or declared.max_depth is None:
             return True

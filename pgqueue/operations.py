@@ -532,8 +532,8 @@ def prune(
     if not count_old:
         return 0, None
     status: sa.ColumnClause[str] = sa.literal_column("(" + ", ".join(f"'{JobStatus(name)}'" for name in statuses) + ")")
-    doomed = connection.execute(
-        sa.select(jobs.c.id)
+    doomed: Any = connection.execute(
+        sa.select(jobs.c.id, jobs.c.task, jobs.c.status, jobs.c.unique_key)
         .where(
             jobs.c.id > after_id,
             jobs.c.id <= last_id,
@@ -544,9 +544,10 @@ def prune(
         .order_by(jobs.c.id)
         .limit(limit)
         .with_for_update(skip_locked=True)
-    ).scalars()
-    ids = list(doomed)
+    ).all()
+    ids = [row.id for row in doomed]
     if ids:
+        uniqueness.release(connection, tables, [row for row in doomed if row.status != JobStatus.COMPLETED])
         for column in (events.c.job_id, jobs.c.id):
             connection.execute(sa.delete(column.table).where(id_among(column, store.IDS)), {"ids": ids})
     if len(ids) == limit:

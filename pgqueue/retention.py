@@ -16,7 +16,7 @@ from typing import Any
 import pydantic_core
 import sqlalchemy as sa
 
-from pgqueue import dialect, store
+from pgqueue import dialect, store, uniqueness
 from pgqueue.dialect import id_among, json_of, now, seconds_from_now, statement_now
 from pgqueue.job import FINAL_STATUSES, JobStatus, Transition
 from pgqueue.schema import Tables
@@ -173,8 +173,10 @@ def _keep_dead(tables: Tables, of_task: bool) -> sa.Update:
 def prune_due(connection: sa.Connection, tables: Tables, *, limit: int = PRUNE_JOBS_MAX) -> int:
     """Delete up to `limit` ended jobs whose time has come, with their events; how many. Skips what others have
     locked."""
-    ids = sorted(connection.execute(_due_to_prune(tables), {"limit": limit}).scalars())
+    due = connection.execute(_due_to_prune(tables), {"limit": limit}).all()
+    ids = sorted(row.id for row in due)
     if ids:
+        uniqueness.release(connection, tables, [row for row in due if row.status != JobStatus.COMPLETED])
         connection.execute(_delete_events(tables), {"ids": ids})
         connection.execute(sa.delete(tables.jobs).where(id_among(tables.jobs.c.id, IDS)), {"ids": ids})
     return len(ids)
@@ -184,7 +186,7 @@ def prune_due(connection: sa.Connection, tables: Tables, *, limit: int = PRUNE_J
 def _due_to_prune(tables: Tables) -> sa.Select[Any]:
     jobs = tables.jobs
     return (
-        sa.select(jobs.c.id)
+        sa.select(jobs.c.id, jobs.c.task, jobs.c.status, jobs.c.unique_key)
         # The status, because a job that plain SQL put back to pending must not be lost.
         .where(jobs.c.prune_at <= now(), jobs.c.status.op("IN")(FINAL), _nobody_waits_for(jobs))
         .order_by(jobs.c.prune_at)

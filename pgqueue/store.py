@@ -180,7 +180,9 @@ def insert_keyed_jobs(connection: sa.Connection, tables: Tables, wanted: Sequenc
     """Store jobs that differ only in payload and keys; the ids of those whose unique key is free, by that key."""
     template = wanted[0]
     by_period = template.period_seconds is not None
-    insert = _insert_keyed_jobs(tables, template.delay_seconds is not None, template.run_at is not None, by_period)
+    insert = _insert_keyed_jobs(
+        tables, template.delay_seconds is not None, template.run_at is not None, by_period, _expiry(template)
+    )
     rows = [
         {"n": n, "payload": job.payload_json, "unique_key": job.unique_key}
         | {name: getattr(job, name) for name in LIMIT_KEYS}
@@ -330,7 +332,7 @@ def _insert_jobs(tables: Tables, has_delay: bool, has_run_at: bool, has_keys: bo
 
 
 @cache
-def _insert_keyed_jobs(tables: Tables, has_delay: bool, has_run_at: bool, by_period: bool) -> Any:
+def _insert_keyed_jobs(tables: Tables, has_delay: bool, has_run_at: bool, by_period: bool, expiry: _Expiry) -> Any:
     jobs, periods = tables.jobs, tables.unique_periods
     texts = [sa.column(name, sa.Text) for name in ("payload", "unique_key", *LIMIT_KEYS)]
     rows = dialect.rows(tables.dialect_name, "rows", sa.column("n", sa.Integer), *texts)
@@ -343,6 +345,7 @@ def _insert_keyed_jobs(tables: Tables, has_delay: bool, has_run_at: bool, by_per
         "max_retries": sa.bindparam("max_retries", type_=sa.SmallInteger()),
         "metadata": json_of(sa.bindparam("metadata", type_=sa.Text())),
         "run_at": _run_at(has_delay, has_run_at),
+        **_expires_at(expiry),
         **{name: rows.c[name] for name in ("unique_key", *LIMIT_KEYS)},
     }
     select = sa.select(*(value.label(name) for name, value in columns.items())).where(rows.c.n >= 0)
@@ -375,6 +378,7 @@ def _key_holder(tables: Tables) -> sa.Select[Any]:
 def replace_pending(connection: sa.Connection, tables: Tables, job: NewJob, actor: str) -> int | None:
     """Give a pending job with the same unique key this payload and these settings; its id, None if there is none.
 
+    It has all its retries again: what failed was the payload before.
     One that others wait behind, or that was offered a slot, keeps its queue and keys: they are found by these.
     """
     jobs = tables.jobs
@@ -390,6 +394,9 @@ def replace_pending(connection: sa.Connection, tables: Tables, job: NewJob, acto
             max_retries=job.max_retries,
             run_at=_run_at(job.delay_seconds is not None, job.run_at is not None),
             waits_for=sa.null(),
+            retries=0,
+            error=sa.null(),
+            progress=sa.null(),
             **{
                 name: sa.case((is_free, sa.literal(value, sa.Text())), else_=jobs.c[name])
                 for name, value in moved.items()

@@ -151,12 +151,18 @@ def _begin(tables: Tables) -> Any:
         .where(new.c.id.is_not(None))  # SQLite would take ON CONFLICT for the ON of a join
         .order_by(new.c.unique_key)
     )
+    return _begin_from(tables, select).returning(periods.c.unique_key)
+
+
+def _begin_from(tables: Tables, select: sa.Select[Any]) -> Any:
+    """Let periods begin, with their task, key, end and job, where none lasts."""
+    periods = tables.unique_periods
     insert = dialect.insert(tables.dialect_name, periods).from_select(["task", "unique_key", "until", "job_id"], select)
     return insert.on_conflict_do_update(
         index_elements=[periods.c.task, periods.c.unique_key],
         set_={"until": insert.excluded.until, "job_id": insert.excluded.job_id},
         where=sa.or_(periods.c.until <= now(), _is_released_now(tables)),
-    ).returning(periods.c.unique_key)
+    )
 
 
 def _is_released_now(tables: Tables) -> sa.TextClause:
@@ -205,9 +211,10 @@ def _period_holders(tables: Tables) -> sa.Select[Any]:
 
 
 def release(connection: sa.Connection, tables: Tables, rows: Sequence[sa.Row[Any]]) -> None:
-    """End the periods of jobs that are being deleted."""
+    """End the periods of jobs that are being deleted, in the order of their keys, as enqueues begin them."""
     periods = tables.unique_periods
     keyed = [{"of_task": row.task, "key": row.unique_key, "id": row.id} for row in rows if row.unique_key is not None]
+    keyed.sort(key=lambda row: (row["of_task"], row["key"]))
     if keyed:
         connection.execute(
             sa.delete(periods).where(
@@ -217,6 +224,27 @@ def release(connection: sa.Connection, tables: Tables, rows: Sequence[sa.Row[Any
             ),
             keyed,
         )
+
+
+def move_period(connection: sa.Connection, tables: Tables, task: str, job_id: int, old: str, new: str) -> None:
+    """Let the period that a job began be that of its new key, unless one of another job lasts there."""
+    parameters = {"of_task": task, "id": job_id, "old": old, "new": new}
+    for statement in _move(tables):
+        connection.execute(statement, parameters)
+
+
+@cache
+def _move(tables: Tables) -> tuple[Any, sa.Delete]:
+    periods = tables.unique_periods
+    own = sa.and_(
+        periods.c.task == sa.bindparam("of_task", type_=sa.Text()),
+        periods.c.unique_key == sa.bindparam("old", type_=sa.Text()),
+        periods.c.job_id == sa.bindparam("id", type_=sa.BigInteger()),
+    )
+    moved = sa.select(
+        periods.c.task, sa.bindparam("new", type_=sa.Text()).label("unique_key"), periods.c.until, periods.c.job_id
+    ).where(own)
+    return _begin_from(tables, moved), sa.delete(periods).where(own)
 
 
 def forget_periods(connection: sa.Connection, tables: Tables, *, limit: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from jobs import claim_one, completed, died, everything, finish, is_postgresql, row, statuses
+from jobs import claim, claim_one, completed, died, everything, finish, is_postgresql, put, retried, row, statuses
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from support import execute, scalar
@@ -21,6 +21,7 @@ from pgqueue import (
     PgQueue,
     Task,
     Unique,
+    retention,
     store,
     uniqueness,
 )
@@ -127,6 +128,18 @@ def test_a_replaced_job_takes_the_new_payload(pgq: PgQueue) -> None:
 
     assert enqueue(resize, file="a", size=2) == (first, False)
     assert row(pgq, first).payload == {"file": "a", "size": 2}
+
+
+def test_a_replaced_job_starts_anew(pgq: PgQueue) -> None:
+    resize = make(pgq, Unique(by=("file",), on_conflict="replace"))
+    job_id, _ = enqueue(resize, file="a")
+    finish(pgq, retried(claim_one(pgq)))
+    assert row(pgq, job_id).retries == 1
+
+    assert enqueue(resize, file="a", size=5) == (job_id, False)
+
+    replaced = row(pgq, job_id)
+    assert (replaced.retries, replaced.error, replaced.attempt) == (0, None, 1)
 
 
 def test_an_orm_object_has_the_key_too(pgq: PgQueue) -> None:
@@ -242,6 +255,56 @@ def test_an_enqueue_within_the_period_of_a_completed_job_raises_if_it_must(
         enqueue(resize, file="a")
 
     assert everything(pgq) == before
+
+
+@pytest.mark.parametrize("end", ["dead", "cancelled"])
+def test_a_job_that_came_to_nothing_holds_nobody_up_once_it_was_pruned_either(pgq: PgQueue, end: str) -> None:
+    resize = make(pgq, Unique(by=("file",), period=HOUR))
+    for file in ("a", "b"):
+        job_id, _ = enqueue(resize, file=file)
+        if end == "dead":
+            finish(pgq, died(claim_one(pgq)))
+        else:
+            pgq.cancel(job_id)
+        if file == "a":
+            pgq.prune(older_than=0, statuses=["dead", "cancelled"])
+        else:
+            put(pgq, [job_id], prune_at=sa.literal_column("'2020-01-01 00:00:00.000'"))
+            with pgq.begin() as connection:
+                retention.prune_due(connection, pgq.tables)
+        assert statuses(pgq) == {}
+
+        again, inserted = enqueue(resize, file=file)
+
+        assert inserted
+        pgq.delete(again)
+    assert periods(pgq) == 0
+
+
+def test_an_edit_takes_the_period_along_to_the_new_key(pgq: PgQueue) -> None:
+    resize = make(pgq, Unique(by=("file",), period=HOUR))
+    job_id, _ = enqueue(resize, file="a")
+
+    pgq.edit(job_id, payload={"file": "b"})
+
+    assert enqueue(resize, file="a") != (job_id, False)
+    finish(pgq, *map(completed, claim(pgq, limit=2)))
+    assert enqueue(resize, file="b") == (job_id, False)
+    pgq.delete(job_id)
+    assert enqueue(resize, file="b")[1]
+
+
+def test_an_edit_to_a_key_whose_period_another_job_began_leaves_it_to_that(pgq: PgQueue) -> None:
+    resize = make(pgq, Unique(by=("file",), period=HOUR))
+    first, _ = enqueue(resize, file="b")
+    finish(pgq, completed(claim_one(pgq)))
+    job_id, _ = enqueue(resize, file="a")
+
+    pgq.edit(job_id, payload={"file": "b"})
+    pgq.cancel(job_id)
+
+    assert enqueue(resize, file="b") == (first, False)
+    assert enqueue(resize, file="a")[1]
 
 
 def test_a_pending_job_is_replaced_within_its_period(pgq: PgQueue) -> None:
@@ -368,6 +431,22 @@ def test_bulk_is_cut_into_statements(pgq: PgQueue, monkeypatch: pytest.MonkeyPat
     assert ids[7:] == ids[:3]
     assert ids[:7] == sorted(set(ids))
     assert none == []
+
+
+@pytest.mark.parametrize("period", [None, HOUR])
+@pytest.mark.parametrize("options", [{"expires_in": 60, "delay": 5}, {"expires_at": FAR}])
+def test_what_is_unique_expires_too(pgq: PgQueue, period: float | None, options: dict[str, Any]) -> None:
+    resize = make(pgq, Unique(by=("file",), period=period)).using(**options)
+    one, _ = enqueue(resize, file="a")
+    with pgq.begin() as connection:
+        many = resize.enqueue_many(connection, [{"file": "b"}, {"file": "c"}])
+
+    for job_id in (one, *many):
+        job = row(pgq, job_id)
+        if "expires_at" in options:
+            assert job.expires_at == FAR
+        else:
+            assert (job.expires_at - job.run_at).total_seconds() == pytest.approx(60, abs=0.002)
 
 
 def test_in_bulk_limits_keep_their_keys(pgq: PgQueue) -> None:

@@ -118,3 +118,18 @@ def test_a_leader_whose_row_is_locked_does_not_lose_those_behind_it(pg: PgQueue)
         connection.commit()
 
     assert ids(claim(pg)) == [jobs[1]]
+
+
+@pytest.mark.parametrize("until", ["the transaction", "a savepoint"])
+def test_order_is_kept_after_an_enqueue_that_was_rolled_back(pgq: PgQueue, until: str) -> None:
+    task = pgq.external_task("work").using(ordering_key="a")
+    with pgq.engine.connect() as connection:
+        nested = connection.begin_nested() if until == "a savepoint" else None
+        task.enqueue(connection)
+        task.enqueue(connection)
+        (nested or connection).rollback()
+        connection.commit()
+
+    (first, _) = put(pgq, task, 2)
+
+    assert ids(claim(pgq)) == [first]

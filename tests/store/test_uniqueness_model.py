@@ -142,7 +142,7 @@ class Sameness(RuleBasedStateMachine):
             if task == "periodic":
                 self.periods[file] = job_id
         elif on_conflict is OnConflict.REPLACE:
-            self.jobs[job_id].n = n
+            self.jobs[job_id].n, self.jobs[job_id].retries = n, 0
 
     def holder(self, task: str, file: str) -> int | None:
         """The job on whose account there can be no other one now."""
@@ -248,9 +248,17 @@ class Sameness(RuleBasedStateMachine):
                 self.pgq.replay(job.id, payload=payload) if replays else self.pgq.edit(job.id, payload=payload)
             return
         self.pgq.replay(job.id, payload=payload) if replays else self.pgq.edit(job.id, payload=payload)
+        self.move_period(job, file)
         job.file, job.n = file, n
         if replays:
             job.status, job.retries = "pending", 0
+
+    def move_period(self, job: Expected, file: str) -> None:
+        if job.task == "periodic" and job.file != file and self.periods.get(job.file) == job.id:
+            del self.periods[job.file]
+            by = self.jobs.get(self.periods.get(file, 0))
+            if file not in self.periods or (by and by.status in DEAD_OR_CANCELLED):
+                self.periods[file] = job.id
 
     def delete(self, number: int) -> None:
         job = self.pick(number, "pending", "completed", *DEAD_OR_CANCELLED)

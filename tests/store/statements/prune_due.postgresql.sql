@@ -1,4 +1,4 @@
-SELECT pgqueue.jobs.id
+SELECT pgqueue.jobs.id, pgqueue.jobs.task, pgqueue.jobs.status, pgqueue.jobs.unique_key
 FROM pgqueue.jobs
 WHERE pgqueue.jobs.prune_at <= now()
 AND (pgqueue.jobs.status IN ('completed', 'dead', 'cancelled'))

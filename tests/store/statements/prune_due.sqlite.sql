@@ -1,4 +1,4 @@
-SELECT pgqueue_jobs.id
+SELECT pgqueue_jobs.id, pgqueue_jobs.task, pgqueue_jobs.status, pgqueue_jobs.unique_key
 FROM pgqueue_jobs
 WHERE pgqueue_jobs.prune_at <= strftime('%Y-%m-%d %H:%M:%f', 'now')
 AND (pgqueue_jobs.status IN ('completed', 'dead', 'cancelled'))
