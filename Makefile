@@ -10,7 +10,7 @@ PYTEST_OPTIONS := --maxprocesses 4 --dist worksteal
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest lint types layers check bench bench-peers clean
+.PHONY: help demo test test-oldest lint types layers docs check bench bench-peers clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -30,6 +30,10 @@ $(VENV)/.pgqueue-test: pyproject.toml | $(BIN)/python
 
 $(VENV)/.pgqueue-lint: pyproject.toml $(VENV)/.pgqueue-test | $(BIN)/python
 	$(PIP) -e '.[test,lint]'
+	@touch $@
+
+$(VENV)/.pgqueue-docs: pyproject.toml | $(BIN)/python
+	$(PIP) -e '.[docs]'
 	@touch $@
 
 demo: $(VENV)/.pgqueue ## run the main job on SQLite: index the standard library, kill a worker, check every result
@@ -55,6 +59,9 @@ types: $(VENV)/.pgqueue-lint ## check types
 
 layers: $(VENV)/.pgqueue-lint ## check that imports point downwards only
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.pgqueue-docs ## build the site of docs/ into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 check: lint types layers test ## all of the above
 

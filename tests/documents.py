@@ -8,14 +8,15 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import sqlalchemy as sa
 from forks import PROGRAMS, Forks
 from support import PATIENCE_SECONDS, Process, wait_for
 
-from pgqueue import PgQueue
+from pgqueue import PgQueue, migration
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -32,8 +33,8 @@ class Block:
 
     @property
     def file_name(self) -> str | None:
-        """The file that a block of Python says it is, in its first line."""
-        named = re.match(r"# (\S+\.py)\n", self.text)
+        """The file that a block says it is, in its first line."""
+        named = re.match(r"# (\S+\.\w+|Dockerfile)\n", self.text)
         return named[1] if named else None
 
     @property
@@ -85,6 +86,7 @@ class Reader:
             "PGQUEUE_DATABASE_URL": url,
             "PATH": os.pathsep.join((scripts, os.environ.get("PATH", os.defpath))),
             "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTEST_ADDOPTS": "-p no:schemathesis -p no:cacheprovider -W error",
         }
 
     def run(self, command: str) -> str:
@@ -127,3 +129,82 @@ class Reader:
             return all(queue.ready == 0 and queue.running == 0 for queue in pgq.queues())
         finally:
             pgq.dispose()
+
+
+#: Files of other programs, which a story only writes.
+FILES = ("dockerfile", "ini", "toml")
+
+#: Files of Python that are not programs.
+NOT_PROGRAMS = ("env.py", "conftest.py")
+
+
+class Story:
+    """A page that is read from top to bottom: its files are written, its programs and commands are run, and its SQL, in
+    one folder on one database."""
+
+    def __init__(self, page: Path, reader: Reader, *, not_run: Container[str] = ()) -> None:
+        self.page = page
+        self._reader = reader
+        self._not_run = not_run
+        self._blocks = blocks(page)
+        self._printed = ""
+        self._dialect = sa.make_url(reader.url).get_backend_name()
+
+    def tell(self) -> None:
+        for block in self._blocks:
+            match block.language:
+                case "python":
+                    self._write(block)
+                    if self._is_program(block):
+                        self._printed = self._reader.run(f"python {block.file_name}")
+                case "sh":
+                    self._printed = "".join(
+                        self._reader.run(command) for command in block.commands if command not in self._not_run
+                    )
+                case "text":
+                    missing = [line for line in block.text.splitlines() if line not in self._printed]
+                    assert not missing, f"{self._where(block)}: {missing} is not in what is printed:\n{self._printed}"
+                case "sql":
+                    self._run_sql(block)
+                case language:
+                    assert language in FILES, f"{self._where(block)}: nothing is known of {language}"
+                    self._write(block)
+
+    def _write(self, block: Block) -> None:
+        assert block.file_name is not None, f"{self._where(block)}: the first line must name the file"
+        # As an installed wheel has it; a checkout has the migrations at its top.
+        text = block.text.replace("pgqueue:migrations/", f"{migration.migrations_path()}/")
+        (self._reader.folder / block.file_name).write_text(text)
+
+    def _is_program(self, block: Block) -> bool:
+        """Whether nobody else runs it: no command, no other file that imports it, and not pytest."""
+        assert block.file_name is not None
+        name = block.file_name.rpartition("/")[2]
+        if name in NOT_PROGRAMS or name.startswith("test_"):
+            return False
+        commands = [command for other in self._blocks if other.language == "sh" for command in other.commands]
+        imports = re.compile(rf"^(from|import) {name.removesuffix('.py')}\b", re.MULTILINE)
+        return not any(f"python {block.file_name}" in command for command in commands) and not any(
+            imports.search(other.text) for other in self._blocks if other.language == "python"
+        )
+
+    def _run_sql(self, block: Block) -> None:
+        text = block.text
+        other = {"postgresql": "-- SQLite", "sqlite": "-- PostgreSQL"}[self._dialect]
+        if text.startswith(other):
+            return
+        if self._dialect == "sqlite":
+            text = text.replace("pgqueue.", "pgqueue_")
+        pgq = PgQueue(self._reader.url)
+        try:
+            with pgq.engine.begin() as connection:
+                for statement in text.split(";\n"):
+                    if statement.strip():
+                        connection.exec_driver_sql(statement.replace("%", "%%"))
+        except sa.exc.DBAPIError as error:
+            raise AssertionError(f"{self._where(block)}: {error.orig}") from None
+        finally:
+            pgq.dispose()
+
+    def _where(self, block: Block) -> str:
+        return f"{self.page.name}:{block.line}"
