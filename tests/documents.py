@@ -48,12 +48,12 @@ def blocks(document: Path) -> list[Block]:
     return [Block(found[1], found[2], text.count("\n", 0, found.start()) + 1) for found in _BLOCK.finditer(text)]
 
 
-def table_below(document: Path, heading: str) -> list[list[str]]:
+def table_below(document: Path, heading: str, *, rows_min: int = 2) -> list[list[str]]:
     """The cells of the first table below a heading of that text, row by row, without its head."""
     _, _, below = document.read_text().partition(f"# {heading}\n")
     lines = iter(below.splitlines())
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in _first_table(lines)]
-    assert len(rows) > 2, f"no table below {heading!r}"
+    assert len(rows) >= 2 + rows_min, f"no table below {heading!r}"
     return rows[2:]
 
 
@@ -159,7 +159,9 @@ class Story:
                         self._printed = self._reader.run(f"python {block.file_name}")
                 case "sh":
                     self._printed = "".join(
-                        self._reader.run(command) for command in block.commands if command not in self._not_run
+                        self._reader.run(self._here(command))
+                        for command in block.commands
+                        if command not in self._not_run
                     )
                 case "text":
                     missing = [line for line in block.text.splitlines() if line not in self._printed]
@@ -169,6 +171,15 @@ class Story:
                 case language:
                     assert language in FILES, f"{self._where(block)}: nothing is known of {language}"
                     self._write(block)
+
+    def _here(self, command: str) -> str:
+        """The command with the URLs of the page's roles, who are on this database."""
+        here = sa.make_url(self._reader.url)
+        return re.sub(
+            r"postgresql://(\w+)@localhost/shop",
+            lambda url: here.set(username=url[1]).render_as_string(hide_password=False),
+            command,
+        )
 
     def _write(self, block: Block) -> None:
         assert block.file_name is not None, f"{self._where(block)}: the first line must name the file"

@@ -6,22 +6,30 @@ import configparser
 import json
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 import typer.main
 from documents import PROJECT, Reader, Story, blocks, table_below
 from forks import Forks
+from support import execute, rows, scalar, wait_for
+from working import working
 
 import pgqueue
-from pgqueue import cli, testing
+from pgqueue import PgQueue, WorkerConfig, cli, dialect, engine, migration, notifier, schedules, slots, task, testing
+from pgqueue import worker as working_module
 from pgqueue.config import parse_duration
+from pgqueue.engine import make_engine
+from pgqueue.schema import tables_for
 
 DOCS = PROJECT / "docs"
 
 #: Pages that are followed from top to bottom, and on which databases, empty at the start.
 STORIES = {
     "migrations.md": ("postgresql", "sqlite"),
+    "operating.md": ("postgresql",),
     "pgbouncer.md": ("postgresql",),
     "sqlite.md": ("sqlite",),
     "transactions.md": ("postgresql", "sqlite"),
@@ -37,7 +45,7 @@ OWN_TESTS = {
     "events.md": "test_docs_events.py",
     "http.md": "test_http_example.py",
     "limits.md": "test_docs_limits.py",
-    "performance.md": "test_benchmarks.py",
+    "performance.md": "test_docs.py",
     "results.md": "test_docs_results.py",
     "schedules.md": "test_docs_schedules.py",
     "seeds.md": "test_docs_seeds.py",
@@ -47,7 +55,7 @@ OWN_TESTS = {
 }
 
 #: Pages on which there is nothing to run.
-PROSE = {"glossary.md", "index.md", "reference/python.md", "reference/testing.md"}
+PROSE = {"design.md", "glossary.md", "index.md", "reference/python.md", "reference/testing.md"}
 
 #: Commands that a test does not run, and why.
 NOT_RUN = {
@@ -59,6 +67,9 @@ NOT_RUN = {
     "createdb shop": "each test has a database",
     "export PGQUEUE_DATABASE_URL=postgresql:///shop": "likewise",
 }
+
+
+ROLE = re.compile(r"^CREATE ROLE (\w+)", re.MULTILINE)
 
 
 def test_every_page_is_run_or_has_nothing_to_run() -> None:
@@ -77,9 +88,21 @@ def test_every_excuse_is_for_a_command_on_a_page() -> None:
     assert set(NOT_RUN) <= commands
 
 
+@pytest.fixture
+def reader_url(empty_pg_url: str) -> Iterator[str]:
+    """An empty database; at the end the roles are dropped that a page has made, which belong to the whole server."""
+    yield empty_pg_url
+    engine = make_engine(empty_pg_url)
+    for role in sorted({name for page in STORIES for name in ROLE.findall((DOCS / page).read_text())}):
+        if scalar(engine, "SELECT count(*) FROM pg_roles WHERE rolname = :role", role=role):
+            execute(engine, f"DROP OWNED BY {role} CASCADE")
+            execute(engine, f"DROP ROLE {role}")
+    engine.dispose()
+
+
 @pytest.mark.parametrize("page", [page for page, databases in STORIES.items() if "postgresql" in databases])
-def test_a_page_can_be_followed_on_postgresql(page: str, empty_pg_url: str, tmp_path: Path, forks: Forks) -> None:
-    Story(DOCS / page, Reader(folder_of(tmp_path), empty_pg_url, forks), not_run=NOT_RUN).tell()
+def test_a_page_can_be_followed_on_postgresql(page: str, reader_url: str, tmp_path: Path, forks: Forks) -> None:
+    Story(DOCS / page, Reader(folder_of(tmp_path), reader_url, forks), not_run=NOT_RUN).tell()
 
 
 @pytest.mark.parametrize("page", [page for page, databases in STORIES.items() if "sqlite" in databases])
@@ -124,12 +147,26 @@ def test_the_container_of_the_tutorial_starts_a_worker_of_this_version() -> None
     assert f"pgqueue[binary]=={pgqueue.__version__}'" in block.text
 
 
+def test_the_commands_of_the_page_about_speed_are_understood() -> None:
+    """They take minutes to hours; test_bench.py and test_benchmarks.py run them with a few jobs."""
+    targets = re.findall(r"^([a-z-]+):", (PROJECT / "Makefile").read_text(), re.MULTILINE)
+
+    for block in blocks(DOCS / "performance.md"):
+        assert block.language == "sh"
+        for command in block.commands:
+            program, *arguments = shlex.split(command, comments=True)
+            if program == "make":
+                assert arguments[0] in targets
+            else:
+                assert program == "pgqueue"
+                assert parsed(arguments)
+
+
 def parsed(arguments: list[str]) -> dict[str, object]:
-    """The options of `pgqueue worker …` as the command line understands them."""
-    command, *rest = arguments
-    assert command == "worker"
-    context = typer.main.get_command(cli.app).commands["worker"].make_context("worker", rest)  # type: ignore[attr-defined]
-    return dict(context.params)
+    """The options of a command of pgqueue as the command line understands them."""
+    name, *rest = arguments
+    command = typer.main.get_command(cli.app).commands[name]  # type: ignore[attr-defined]
+    return dict(command.make_context(name, rest).params)
 
 
 # The references --------------------------------------------------------------------------------------------
@@ -156,3 +193,99 @@ def test_the_glossary_has_every_word_of_the_readme_in_order() -> None:
 
     assert of_readme <= set(words)
     assert len(set(words)) == len(words)
+
+
+# What the pages say -----------------------------------------------------------------------------------------
+
+#: Sentences with figures, and what the code says.
+FIGURES = {
+    "design.md": {
+        r"deleted after (\d+) days": schedules.TICKS_KEPT_SECONDS / 86_400,
+        r"holds for a lease, (\d+) seconds unless set otherwise": WorkerConfig().lease,
+    },
+    "migrations.md": {
+        r"wait for it, (five) minutes at most": migration.DEPLOYER_WAIT_SECONDS / 60,
+        r"wait for a lock\*\* for (\d+) seconds": migration.LOCK_TIMEOUT_SECONDS,
+    },
+    "operating.md": {
+        r"ends: at most (\d+) seconds after its last sign of life": WorkerConfig().lease,
+        r"found within (\d+) more": WorkerConfig().sweep_interval,
+        r"`--shutdown-timeout` \((\d+) seconds\)": WorkerConfig().shutdown_timeout,
+        r"claims ahead about (\d+) ms": slots.PREFETCH_SECONDS * 1000,
+        r"given back after (\d+) seconds": notifier.IDLE_SECONDS,
+        r"go away after an (hour)": working_module.SILENT_WORKER_SECONDS / 3600,
+    },
+    "pgbouncer.md": {
+        r"well below the lease \((\d+) seconds\)": WorkerConfig().lease,
+        r"by polling, (once) a second": WorkerConfig().poll_interval,
+    },
+    "sqlite.md": {
+        r"wait for each other, up to (\d+) seconds": engine.SQLITE_BUSY_SECONDS,
+        r"within the poll interval \((\d+) second\)": WorkerConfig().poll_interval,
+        r"SQLite 3\.(\d+)\*\*": dialect.SQLITE_VERSION_MIN[1],
+    },
+    "transactions.md": {r"at most (\d+) MiB": task.PAYLOAD_BYTES_MAX / 1024**2},
+    "tutorial.md": {r"the shutdown timeout, (\d+) seconds": WorkerConfig().shutdown_timeout},
+}
+
+WORDS = {"five": 5.0, "once": 1.0, "hour": 1.0}
+
+
+@pytest.mark.parametrize("page", FIGURES)
+def test_the_figures_of_a_page_are_those_of_the_code(page: str) -> None:
+    text = " ".join((DOCS / page).read_text().split())
+
+    for sentence, figure in FIGURES[page].items():
+        found = re.search(sentence, text)
+        assert found, f"{page} no longer says: {sentence}"
+        assert WORDS.get(found[1]) or float(found[1]) == figure
+
+
+def test_the_tables_of_the_design_are_those_of_the_schema() -> None:
+    described = [row[0].strip("`") for row in table_below(DOCS / "design.md", "The tables")]
+
+    assert described == [table.name for table in vars(tables_for("postgresql", "pgqueue"))["metadata"].tables.values()]
+
+
+def test_the_newest_version_has_its_revision_in_the_table() -> None:
+    version, revision, _ = table_below(DOCS / "upgrading.md", "Versions and revisions", rows_min=1)[-1]
+
+    assert (version, revision.strip("`")) == (pgqueue.__version__, migration.head_revision())
+
+
+def test_what_the_logs_say_is_in_the_code() -> None:
+    code = "\n".join(path.read_text() for path in (PROJECT / "pgqueue").glob("*.py"))
+
+    for saying, _ in table_below(DOCS / "operating.md", "Logs"):
+        for part in saying.strip("`").split("…"):
+            assert part.strip() in code, part
+
+
+def test_an_idle_worker_has_as_many_connections_as_the_page_says(pg: PgQueue) -> None:
+    pg.task(name="idle")(lambda: None)
+    said = re.search(r"has (\d+) connections to the database when it is idle", (DOCS / "operating.md").read_text())
+    assert said
+
+    pg.dispose()
+    with working(pg):
+        wait_for(lambda: connections(pg) >= int(said[1]), "the worker's connections")
+
+        assert connections(pg) == int(said[1])
+
+
+def connections(pg: PgQueue) -> int:
+    """Those of pgqueue's engine in this database, without the one that asks."""
+    looking = sa.create_engine(pg.url, poolclass=sa.NullPool)
+    query = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    return len(rows(looking, query))
+
+
+def test_claims_and_ends_of_jobs_gain_nothing_from_a_fillfactor(pg: PgQueue) -> None:
+    """No update of theirs could be a heap-only one, which is what free room in a page is for."""
+    columns = {
+        name
+        for index in sa.inspect(pg.engine).get_indexes("jobs", schema="pgqueue")
+        for name in re.findall(r"\w+", str(index["dialect_options"].get("postgresql_where", "")))
+    }
+
+    assert "status" in columns
