@@ -96,7 +96,7 @@ def test_jobs_of_a_claim_whose_answer_was_lost_are_released_and_run_soon_with_no
 
     events = "SELECT DISTINCT event, reason FROM pgqueue.job_events"
     assert code == 0
-    assert rows(pgq.engine, events) == [("release", "the answer to the claim was lost")]
+    assert rows(pgq.engine, events) == [("release", "its worker did not receive the claim, or had stopped")]
     assert scalar(pgq.engine, RELEASED) == 12, "three claims of four slots"
     assert scalar(pgq.engine, "SELECT sum(retries) FROM pgqueue.jobs") == 0
     assert ledger.audit(pgq, acknowledged=ids) == []
