@@ -30,12 +30,13 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import exc
+from sqlalchemy.dialects import postgresql
 
 from pgqueue.config import checked_schema
 from pgqueue.dialect import POSTGRESQL, SQLITE, checked_dialect
 from pgqueue.engine import explain
 from pgqueue.errors import ConfigurationError, DatabaseUnreachable, SchemaMissing, SchemaOutdated
-from pgqueue.schema import tables_for
+from pgqueue.schema import DOMAINS, tables_for
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +204,7 @@ def configure_options(dialect_name: str, schema: str) -> dict[str, Any]:
         "version_table_schema": schema_name,
         "include_schemas": not flat,
         "include_name": include_name,
-        "compare_type": True,
+        "compare_type": _compare_type,
         "compare_server_default": False,  # the database writes expressions in its own words
         "transaction_per_migration": True,
     }
@@ -230,6 +231,20 @@ def quiet_about_expressions() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "autogenerate skipping metadata-specified expression-based index")
         yield
+
+
+def _compare_type(
+    _: MigrationContext,
+    inspected: sa.Column[Any],
+    __: sa.Column[Any],
+    inspected_type: sa.types.TypeEngine[Any],
+    ___: sa.types.TypeEngine[Any],
+) -> bool | None:
+    """Whether the types of two columns differ: False for the domain that belongs there, None to let Alembic see."""
+    if not isinstance(inspected_type, postgresql.DOMAIN):
+        return None
+    expected = [domain.name for domain in DOMAINS if inspected.name in domain.columns]
+    return inspected_type.name not in expected
 
 
 # Helpers ------------------------------------------------------------------------------------------------------

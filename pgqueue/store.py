@@ -928,7 +928,9 @@ def release_claim(connection: sa.Connection, tables: Tables, token: uuid.UUID, *
             actor=actor,
             from_status=JobStatus.RUNNING,
             to_status=status,
-            reason="its worker did not receive the claim, or had stopped" if event is EventType.RELEASE else ASKED_TO_STOP,
+            reason="its worker did not receive the claim, or had stopped"
+            if event is EventType.RELEASE
+            else ASKED_TO_STOP,
         )
     return [row.id for row in released]
 

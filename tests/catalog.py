@@ -17,10 +17,17 @@ POSTGRESQL = {
          ORDER BY 1, 2
     """,
     "constraints": """
-        SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid)
+        SELECT CASE WHEN conrelid <> 0 THEN conrelid::regclass::text ELSE contypid::regtype::text END, conname,
+               pg_get_constraintdef(oid), convalidated
           FROM pg_constraint
          WHERE connamespace = CAST(:schema AS regnamespace) AND contype <> 'n'
          ORDER BY 1, 2
+    """,
+    "domains": """
+        SELECT typname, format_type(typbasetype, typtypmod), obj_description(oid, 'pg_type')
+          FROM pg_type
+         WHERE typnamespace = CAST(:schema AS regnamespace) AND typtype = 'd'
+         ORDER BY 1
     """,
     "indexes": """
         SELECT tablename, indexname, indexdef FROM pg_indexes WHERE schemaname = :schema ORDER BY 1, 2
