@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -21,14 +20,9 @@ from pgqueue.executor import MESSAGE_CHARACTERS_MAX, clean, describe
 from pgqueue.job import ClaimedJob, Completed, Discarded, ErrorInfo, EventType, Failed, Outcome, Released
 from pgqueue.limiting import Limiter
 from pgqueue.retry import Retry, decide
+from pgqueue.steps import Steps, change, look
 from pgqueue.task import checked_name, encode_json
-from pgqueue.transaction import (
-    AsyncTransaction,
-    SyncTransaction,
-    open_transaction,
-    run_in_transaction,
-    tell_after_commit,
-)
+from pgqueue.transaction import AsyncTransaction, SyncTransaction, tell_after_commit
 
 #: How many expired claims a low-level `claim` takes from dead workers before it looks for due jobs.
 SWEEP_BEFORE_CLAIM = 100
@@ -59,9 +53,7 @@ class Consumer(Limiter):
         `tasks`: only jobs of the tasks of these names.
         First takes back claims that have expired, so that what a dead consumer held is among the result.
         """
-        if not self._limits_declared and self.declared_limits:
-            self.declare_limits()
-        return self._run(lambda connection: self._claim(connection, worker, queue, tasks, limit, lease))
+        return self._take(self._claim(worker, queue, tasks, limit, lease))
 
     async def claim_async(
         self,
@@ -72,19 +64,12 @@ class Consumer(Limiter):
         limit: int = 1,
         lease: float | timedelta = 30.0,
     ) -> list[ClaimedJob]:
-        if not self._limits_declared and self.declared_limits:
-            await asyncio.to_thread(self.declare_limits)
-        return await self._run_async(lambda connection: self._claim(connection, worker, queue, tasks, limit, lease))
+        """As `claim`, without blocking the event loop."""
+        return await self._take_async(self._claim(worker, queue, tasks, limit, lease))
 
     def _claim(
-        self,
-        connection: sa.Connection,
-        worker: str,
-        queue: str,
-        tasks: Sequence[str] | None,
-        limit: int,
-        lease: float | timedelta,
-    ) -> list[ClaimedJob]:
+        self, worker: str, queue: str, tasks: Sequence[str] | None, limit: int, lease: float | timedelta
+    ) -> Steps[list[ClaimedJob]]:
         checked_name("queue", queue)
         if not isinstance(worker, str) or not worker or "\0" in worker or not is_unicode(worker):
             raise ConfigurationError(
@@ -93,6 +78,19 @@ class Consumer(Limiter):
         names = None if tasks is None else checked_tasks(tasks)
         checked_limit(limit)
         seconds = lease_seconds(lease)
+        if not self._limits_declared and self.declared_limits:
+            yield from self._declare_limits(None)
+        return (yield from change(lambda connection: self._claim_on(connection, worker, queue, names, limit, seconds)))
+
+    def _claim_on(
+        self,
+        connection: sa.Connection,
+        worker: str,
+        queue: str,
+        tasks: Sequence[str] | None,
+        limit: int,
+        lease: float,
+    ) -> list[ClaimedJob]:
         store.sweep(connection, self.tables, limit=SWEEP_BEFORE_CLAIM, actor=worker)
         if time.monotonic() >= self._look_for_expired_at:
             expired = expiry.expire(connection, self.tables, limit=SWEEP_BEFORE_CLAIM, actor=worker)
@@ -103,8 +101,8 @@ class Consumer(Limiter):
             "worker": worker,
             "token": uuid.uuid4(),
             "limit": limit,
-            "lease": seconds,
-            "tasks": names,
+            "lease": lease,
+            "tasks": tasks,
         }
         claimed = store.claim(connection, self.tables, **asked)
         return claimed or limits.claim(connection, self.tables, **asked).jobs
@@ -112,8 +110,14 @@ class Consumer(Limiter):
     def get_claim(self, job_id: int, token: uuid.UUID) -> ClaimedJob:
         """The job as the holder of this claim token has it: for a consumer that kept only the two, such as one behind
         a web service. Raises ClaimLost when the token is not, or no longer, that of the job; JobNotFound."""
-        with self.reading() as connection:
-            return operations.get_claim(connection, self.tables, job_id, token)
+        return self._take(self._get_claim(job_id, token))
+
+    async def get_claim_async(self, job_id: int, token: uuid.UUID) -> ClaimedJob:
+        """As `get_claim`, without blocking the event loop."""
+        return await self._take_async(self._get_claim(job_id, token))
+
+    def _get_claim(self, job_id: int, token: uuid.UUID) -> Steps[ClaimedJob]:
+        return look(lambda connection: operations.get_claim(connection, self.tables, job_id, token))
 
     def ack(
         self,
@@ -128,8 +132,7 @@ class Consumer(Limiter):
         together. Raises ClaimLost when a claim was lost, naming the jobs; the others are completed all the same,
         unless you roll your session back.
         """
-        result_json = None if result is None else encode_json(result, "result")
-        self._finish("ack", jobs, lambda job: Completed(result_json), session)
+        self._take_in(session, "ack", self._ack(jobs, result))
 
     async def ack_async(
         self,
@@ -138,8 +141,12 @@ class Consumer(Limiter):
         result: Any = None,
         session: AsyncTransaction | None = None,
     ) -> None:
+        """As `ack`, without blocking the event loop; `session` is an AsyncSession or AsyncConnection."""
+        await self._take_in_async(session, "ack_async", self._ack(jobs, result))
+
+    def _ack(self, jobs: ClaimedJob | Iterable[ClaimedJob], result: Any) -> Steps[None]:
         result_json = None if result is None else encode_json(result, "result")
-        await self._finish_async("ack_async", jobs, lambda job: Completed(result_json), session)
+        return self._finish(jobs, lambda job: Completed(result_json))
 
     def nack(
         self,
@@ -157,7 +164,7 @@ class Consumer(Limiter):
         retry left the job is dead. With `dead=True` it is dead now.
         Raises ClaimLost as `ack` does.
         """
-        self._finish("nack", jobs, _nack_outcome(delay, error, dead), session, delay=delay)
+        self._take_in(session, "nack", self._finish(jobs, _nack_outcome(delay, error, dead), delay))
 
     async def nack_async(
         self,
@@ -168,7 +175,9 @@ class Consumer(Limiter):
         dead: bool = False,
         session: AsyncTransaction | None = None,
     ) -> None:
-        await self._finish_async("nack_async", jobs, _nack_outcome(delay, error, dead), session, delay=delay)
+        """As `nack`, without blocking the event loop; `session` is an AsyncSession or AsyncConnection."""
+        finish = self._finish(jobs, _nack_outcome(delay, error, dead), delay)
+        await self._take_in_async(session, "nack_async", finish)
 
     def extend(self, jobs: ClaimedJob | Iterable[ClaimedJob], *, lease: float | timedelta = 30.0) -> None:
         """Hold the jobs for `lease` more seconds from now. Raises ClaimLost, naming those that are held no more.
@@ -176,51 +185,28 @@ class Consumer(Limiter):
         Then `job.cancel_requested` says whether somebody asked the job to stop: an `ack` still completes it, a `nack`
         of any kind makes it cancelled.
         """
-        chosen = _as_list(jobs)
-        _require_written(chosen, self._run(lambda connection: self._extend(connection, chosen, lease)))
+        self._take(self._extend(jobs, lease))
 
     async def extend_async(self, jobs: ClaimedJob | Iterable[ClaimedJob], *, lease: float | timedelta = 30.0) -> None:
-        chosen = _as_list(jobs)
-        _require_written(chosen, await self._run_async(lambda connection: self._extend(connection, chosen, lease)))
+        """As `extend`, without blocking the event loop."""
+        await self._take_async(self._extend(jobs, lease))
 
-    def _extend(self, connection: sa.Connection, jobs: Sequence[ClaimedJob], lease: float | timedelta) -> set[int]:
-        claims = [(job.id, job.claim_token) for job in jobs]
-        held = store.extend(connection, self.tables, claims, lease=lease_seconds(lease))
-        for job in jobs:
+    def _extend(self, jobs: ClaimedJob | Iterable[ClaimedJob], lease: float | timedelta) -> Steps[None]:
+        chosen, seconds = _as_list(jobs), lease_seconds(lease)
+        claims = [(job.id, job.claim_token) for job in chosen]
+        held = yield from change(lambda connection: store.extend(connection, self.tables, claims, lease=seconds))
+        for job in chosen:
             job.cancel_requested = held.get(job.id, job.cancel_requested)
-        return set(held)
+        _require_written(chosen, held)
 
     def _finish(
         self,
-        call: str,
         jobs: ClaimedJob | Iterable[ClaimedJob],
         outcome: Callable[[ClaimedJob], Outcome],
-        session: SyncTransaction | None,
         delay: float | timedelta | None = None,
-    ) -> None:
+    ) -> Steps[None]:
         chosen = _as_list(jobs)
-        if session is not None:
-            _, connection = open_transaction(session, call, self._job_class)
-            written = self._write(connection, chosen, outcome, delay)
-        else:
-            written = self._run(lambda connection: self._write(connection, chosen, outcome, delay))
-        _require_written(chosen, written)
-
-    async def _finish_async(
-        self,
-        call: str,
-        jobs: ClaimedJob | Iterable[ClaimedJob],
-        outcome: Callable[[ClaimedJob], Outcome],
-        session: AsyncTransaction | None,
-        delay: float | timedelta | None = None,
-    ) -> None:
-        chosen = _as_list(jobs)
-        if session is not None:
-            written = await run_in_transaction(
-                session, call, self._job_class, lambda _, connection: self._write(connection, chosen, outcome, delay)
-            )
-        else:
-            written = await self._run_async(lambda connection: self._write(connection, chosen, outcome, delay))
+        written = yield from change(lambda connection: self._write(connection, chosen, outcome, delay))
         _require_written(chosen, written)
 
     def _write(
@@ -272,7 +258,7 @@ def _as_list(jobs: ClaimedJob | Iterable[ClaimedJob]) -> list[ClaimedJob]:
     return chosen
 
 
-def _require_written(jobs: Sequence[ClaimedJob], written: set[int]) -> None:
+def _require_written(jobs: Sequence[ClaimedJob], written: Collection[int]) -> None:
     lost = [job.id for job in jobs if job.id not in written]
     if lost:
         raise ClaimLost(

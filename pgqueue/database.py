@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.orm import Session
 
 from pgqueue.config import checked_schema
 from pgqueue.dialect import POSTGRESQL, checked_dialect
@@ -20,6 +23,14 @@ from pgqueue.job import Job
 from pgqueue.notifier import WakeSender
 from pgqueue.schema import Tables, tables_for
 from pgqueue.settings import Sources
+from pgqueue.steps import Step, Steps, take, take_async
+from pgqueue.transaction import (
+    AsyncTransaction,
+    SyncTransaction,
+    open_transaction,
+    run_in_transaction,
+    wake_after_commit,
+)
 
 T = TypeVar("T")
 E = TypeVar("E", sa.Engine, AsyncEngine)
@@ -134,6 +145,14 @@ class Database:
             if self._engine is not None and self._engine_is_own:
                 self._engine.dispose()
 
+    async def dispose_async(self) -> None:
+        """As `dispose`, and close the connections of the asynchronous engine, too."""
+        await asyncio.to_thread(self.dispose)
+        with self._lock:
+            engine = self._async_engine if self._async_engine_is_own else None
+        if engine is not None:
+            await engine.dispose()
+
     @contextmanager
     def begin(self) -> Iterator[sa.Connection]:
         """A transaction of pgqueue's own, with database errors explained."""
@@ -154,16 +173,66 @@ class Database:
                 async with connection.begin():
                     return await connection.run_sync(work)
 
-    def _run(self, work: Callable[[sa.Connection], T]) -> T:
+    def _take(self, steps: Steps[T]) -> T:
+        """Take the steps of a call, each in a transaction of its own."""
+        return take(steps, self._take_one)
+
+    async def _take_async(self, steps: Steps[T]) -> T:
+        return await take_async(steps, self._take_one_async)
+
+    def _take_in(self, session: SyncTransaction | None, call: str, steps: Steps[T]) -> T:
+        """Likewise, but all of them in the transaction of `session` if there is one."""
+        if session is None:
+            return self._take(steps)
+
+        def take_one(step: Step[Any]) -> Any:
+            return self._take_within(step, *open_transaction(session, call, self._job_class))
+
+        return take(steps, take_one)
+
+    async def _take_in_async(self, session: AsyncTransaction | None, call: str, steps: Steps[T]) -> T:
+        if session is None:
+            return await self._take_async(steps)
+
+        async def take_one(step: Step[Any]) -> Any:
+            work = functools.partial(self._take_within, step)
+            return await run_in_transaction(session, call, self._job_class, work)
+
+        return await take_async(steps, take_one)
+
+    def _take_one(self, step: Step[Any]) -> Any:
+        if step.only_reads:
+            with self.reading() as connection:
+                return step.work(connection)
         with self.begin() as connection:
             end_if_frozen(connection, FROZEN_SECONDS)
-            return work(connection)
+            result = step.work(connection)
+        self._wake_workers(step, result)
+        return result
 
-    async def _run_async(self, work: Callable[[sa.Connection], T]) -> T:
+    async def _take_one_async(self, step: Step[Any]) -> Any:
+        if step.only_reads:
+            return await self.read_async(step.work)
         with errors_explained(self.url):
             async with self.async_engine.begin() as connection:
                 await connection.run_sync(end_if_frozen, FROZEN_SECONDS)
-                return await connection.run_sync(work)
+                result = await connection.run_sync(step.work)
+        self._wake_workers(step, result)
+        return result
+
+    def _take_within(self, step: Step[Any], target: Session | sa.Connection, connection: sa.Connection) -> Any:
+        """Take a step in a caller's transaction."""
+        with errors_explained(connection.engine.url):
+            result = step.work(connection)
+        if connection.dialect.name == POSTGRESQL:
+            for queue in step.wakes(result):
+                wake_after_commit(target, connection, queue, self._wake_sender)
+        return result
+
+    def _wake_workers(self, step: Step[Any], result: Any) -> None:
+        queues = set(step.wakes(result))
+        if queues and self.tables.dialect_name == POSTGRESQL:
+            self._wake_sender(queues, True)
 
 
 #: Those of this process.

@@ -96,7 +96,7 @@ class InvalidPayload(PgqueueError, ValueError):
 
 
 class WrongSession(PgqueueError, TypeError):
-    """The first argument is not a session or connection that this call can use."""
+    """The session is not a session or connection that this call can use."""
 
 
 class NotAwaited(PgqueueError):

@@ -89,14 +89,28 @@ class JobHandle:
         with queue.reading() as connection:
             return operations.get_job(connection, queue.tables, self.id)
 
+    async def job_async(self) -> Job:
+        """As `job`, without blocking the event loop."""
+        self._require_committed()
+        queue = self._of()
+        return await queue.read_async(lambda connection: operations.get_job(connection, queue.tables, self.id))
+
     def status(self) -> JobStatus:
         """Where the job stands. Raises JobNotFound."""
         return JobStatus(self.job().status)
+
+    async def status_async(self) -> JobStatus:
+        """As `status`, without blocking the event loop."""
+        return JobStatus((await self.job_async()).status)
 
     def progress(self) -> dict[str, Any] | None:
         """What the job's task last reported: done, total, note, and when (`at`); None: nothing yet. Raises
         JobNotFound."""
         return self.job().progress
+
+    async def progress_async(self) -> dict[str, Any] | None:
+        """As `progress`, without blocking the event loop."""
+        return (await self.job_async()).progress
 
     def _waiting(self, timeout: float | timedelta | None) -> Waiting:
         self._require_committed()

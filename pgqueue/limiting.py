@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -12,10 +12,10 @@ from pgqueue import limits
 from pgqueue.actor import who, why
 from pgqueue.admission import Limits
 from pgqueue.config import DEFAULT_QUEUE
-from pgqueue.dialect import POSTGRESQL
 from pgqueue.errors import ConfigurationError
 from pgqueue.limits import LimitsRow, Scope
 from pgqueue.registry import Registry
+from pgqueue.steps import Steps, change, look
 from pgqueue.task import checked_name
 
 
@@ -30,17 +30,29 @@ class Limiter(Registry):
 
         tasks: the names of those whose limits, if the code declares none, were lifted in it; all tasks unless given.
         """
+        self._take(self._declare_limits(tasks))
+
+    async def declare_limits_async(self, tasks: Iterable[str] | None = None) -> None:
+        """As `declare_limits`, without blocking the event loop."""
+        await self._take_async(self._declare_limits(tasks))
+
+    def _declare_limits(self, tasks: Iterable[str] | None) -> Steps[None]:
         declared, names = self.declared_limits, list(self.tasks if tasks is None else tasks)
-        with self.reading() as connection:
-            outdated = limits.outdated(connection, self.tables, declared, names)
+        outdated = yield from look(lambda connection: limits.outdated(connection, self.tables, declared, names))
         if outdated:
-            self._run(lambda connection: limits.declare(connection, self.tables, outdated))
+            yield from change(lambda connection: limits.declare(connection, self.tables, outdated))
         self._limits_declared = True
 
     def list_limits(self) -> list[LimitsRow]:
         """The limits of queues and tasks that are kept now."""
-        with self.reading() as connection:
-            return limits.list_limits(connection, self.tables)
+        return self._take(self._list_limits())
+
+    async def list_limits_async(self) -> list[LimitsRow]:
+        """As `list_limits`, without blocking the event loop."""
+        return await self._take_async(self._list_limits())
+
+    def _list_limits(self) -> Steps[list[LimitsRow]]:
+        return look(lambda connection: limits.list_limits(connection, self.tables))
 
     def set_limits(
         self,
@@ -56,39 +68,67 @@ class Limiter(Registry):
         changes: fields of `Limits`; None lifts one. What is changed here outlasts what the code declares, until
         `reset_limits`.
         """
+        return self._take(self._set_limits(queue, task, reason, actor, changes))
+
+    async def set_limits_async(
+        self,
+        *,
+        queue: str | None = None,
+        task: str | None = None,
+        reason: str | None = None,
+        actor: str | None = None,
+        **changes: Any,
+    ) -> Limits:
+        """As `set_limits`, without blocking the event loop."""
+        return await self._take_async(self._set_limits(queue, task, reason, actor, changes))
+
+    def _set_limits(
+        self, queue: str | None, task: str | None, reason: str | None, actor: str | None, changes: Mapping[str, Any]
+    ) -> Steps[Limits]:
+        by, because = who(actor), why(reason)
         scope, name = _limits_of_what(queue, task)
         known = {field.name for field in fields(Limits)}
         for field_name in changes:
             if field_name not in known:
                 raise ConfigurationError(f"limits are {', '.join(sorted(known))}; got {field_name!r}")
 
-        def change(connection: sa.Connection) -> Limits:
+        def set_limits(connection: sa.Connection) -> Limits:
             before = limits.get_limits(connection, self.tables, scope, name, lock=True) or Limits()
             wanted = replace(before, **changes)
             _check_scope(scope, name, wanted)
-            limits.put_limits(connection, self.tables, scope, name, wanted, declared_by=who(actor), reason=why(reason))
+            limits.put_limits(connection, self.tables, scope, name, wanted, declared_by=by, reason=because)
             return wanted
 
-        wanted = self._run(change)
-        self._wake_all(scope, name)
-        return wanted
+        return change(set_limits, wakes=lambda _: [self._queue_of(scope, name)])
 
     def reset_limits(self, *, queue: str | None = None, task: str | None = None, actor: str | None = None) -> Limits:
         """Give a queue or a task the limits back that this code declares for it; what they are then."""
+        return self._take(self._reset_limits(queue, task, actor))
+
+    async def reset_limits_async(
+        self, *, queue: str | None = None, task: str | None = None, actor: str | None = None
+    ) -> Limits:
+        """As `reset_limits`, without blocking the event loop."""
+        return await self._take_async(self._reset_limits(queue, task, actor))
+
+    def _reset_limits(self, queue: str | None, task: str | None, actor: str | None) -> Steps[Limits]:
+        by = who(actor)
         scope, name = _limits_of_what(queue, task)
         wanted = self.declared_limits.get((scope, name), Limits())
-        self._run(
+        yield from change(
             lambda connection: limits.put_limits(
-                connection, self.tables, scope, name, wanted, declared_by=limits.CODE, reason=who(actor)
-            )
+                connection, self.tables, scope, name, wanted, declared_by=limits.CODE, reason=by
+            ),
+            wakes=lambda _: [self._queue_of(scope, name)],
         )
-        self._wake_all(scope, name)
         return wanted
 
-    def _wake_all(self, scope: Scope, name: str) -> None:
-        if self.tables.dialect_name == POSTGRESQL:
-            task = self.tasks.get(name)
-            self._wake_sender({name if scope == "queue" else task.definition.queue if task else DEFAULT_QUEUE}, True)
+    def _queue_of(self, scope: Scope, name: str) -> str:
+        """Whose workers have to know of changed limits."""
+        if scope == "queue":
+            return name
+        task = self.tasks.get(name)
+        return task.definition.queue if task is not None else DEFAULT_QUEUE
 
 
 def _limits_of_what(queue: str | None, task: str | None) -> tuple[Scope, str]:

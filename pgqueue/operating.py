@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
@@ -10,13 +11,13 @@ import sqlalchemy as sa
 from pgqueue import operations
 from pgqueue.actor import who, why
 from pgqueue.arguments import duration_seconds
-from pgqueue.dialect import POSTGRESQL
 from pgqueue.errors import ConfigurationError
 from pgqueue.events import EventName, event_of_stored
 from pgqueue.job import FINAL_STATUSES, Job, JobStatus
 from pgqueue.notifier import STOP
 from pgqueue.registry import Registry
 from pgqueue.retry import DELAY_SECONDS_MAX
+from pgqueue.steps import Steps, change
 from pgqueue.task import checked_name
 
 
@@ -35,29 +36,40 @@ class Operator(Registry):
         With `force` a running job is cancelled at once, too: whatever its worker writes later is refused.
         Raises JobNotFound, or IllegalTransition when it is final.
         """
-        with self.begin() as connection:
-            status = operations.cancel_job(
-                connection, self.tables, job_id, actor=who(actor), reason=why(reason), force=force
-            )
-            ended = [job_id] if status is JobStatus.CANCELLED else []
-            cancelled = self._stored(connection, ended, EventName.CANCELLED)
-        self._listeners.tell(event_of_stored(EventName.CANCELLED, job, why(reason)) for job in cancelled)
-        if self.tables.dialect_name == POSTGRESQL and (force or status is JobStatus.RUNNING):
-            self._wake_sender({f"{STOP}{job_id}"}, True)
-        return status
+        return self._take(self._cancel(job_id, force, reason, actor))
 
-    def _stored(self, connection: sa.Connection, job_ids: Sequence[int], *told: EventName) -> list[Job]:
-        """The jobs as they stand, if anybody listens to what is to be told of them."""
-        if not job_ids or self._listeners.wanted.isdisjoint(told):
-            return []
-        return operations.get_jobs(connection, self.tables, job_ids)
+    async def cancel_async(
+        self, job_id: int, *, force: bool = False, reason: str | None = None, actor: str | None = None
+    ) -> JobStatus:
+        """As `cancel`, without blocking the event loop."""
+        return await self._take_async(self._cancel(job_id, force, reason, actor))
+
+    def _cancel(self, job_id: int, force: bool, reason: str | None, actor: str | None) -> Steps[JobStatus]:
+        by, because = who(actor), why(reason)
+
+        def cancel(connection: sa.Connection) -> tuple[JobStatus, list[Job]]:
+            status = operations.cancel_job(connection, self.tables, job_id, actor=by, reason=because, force=force)
+            ended = [job_id] if status is JobStatus.CANCELLED else []
+            return status, self._stored(connection, ended, EventName.CANCELLED)
+
+        status, cancelled = yield from change(
+            cancel, wakes=lambda done: [f"{STOP}{job_id}"] if force or done[0] is JobStatus.RUNNING else []
+        )
+        self._listeners.tell(event_of_stored(EventName.CANCELLED, job, because) for job in cancelled)
+        return status
 
     def delete(self, job_id: int, *, reason: str | None = None, actor: str | None = None) -> None:
         """Delete a job that is not running; its events stay."""
-        self._run(
-            lambda connection: operations.delete_job(
-                connection, self.tables, job_id, actor=who(actor), reason=why(reason)
-            )
+        self._take(self._delete(job_id, reason, actor))
+
+    async def delete_async(self, job_id: int, *, reason: str | None = None, actor: str | None = None) -> None:
+        """As `delete`, without blocking the event loop."""
+        await self._take_async(self._delete(job_id, reason, actor))
+
+    def _delete(self, job_id: int, reason: str | None, actor: str | None) -> Steps[None]:
+        by, because = who(actor), why(reason)
+        return change(
+            lambda connection: operations.delete_job(connection, self.tables, job_id, actor=by, reason=because)
         )
 
     def pause(
@@ -69,6 +81,22 @@ class Operator(Registry):
         actor: str | None = None,
     ) -> None:
         """Let nothing be claimed from a queue, for a time or until `resume`. Running jobs go on."""
+        self._take(self._pause(queue, duration, reason, actor))
+
+    async def pause_async(
+        self,
+        queue: str,
+        *,
+        duration: float | timedelta | None = None,
+        reason: str | None = None,
+        actor: str | None = None,
+    ) -> None:
+        """As `pause`, without blocking the event loop."""
+        await self._take_async(self._pause(queue, duration, reason, actor))
+
+    def _pause(
+        self, queue: str, duration: float | timedelta | None, reason: str | None, actor: str | None
+    ) -> Steps[None]:
         checked_name("queue", queue)
         seconds = None if duration is None else duration_seconds("duration", duration)
         if seconds is not None and not 0 < seconds <= DELAY_SECONDS_MAX:
@@ -76,19 +104,28 @@ class Operator(Registry):
                 f"the duration of a pause must be more than 0 and at most {DELAY_SECONDS_MAX:.0f} seconds, "
                 f"got {duration!r}"
             )
-        with self.begin() as connection:
-            operations.pause_queue(
-                connection, self.tables, queue, seconds=seconds, actor=who(actor), reason=why(reason)
+        by, because = who(actor), why(reason)
+        return change(
+            lambda connection: operations.pause_queue(
+                connection, self.tables, queue, seconds=seconds, actor=by, reason=because
             )
+        )
 
     def resume(self, queue: str, *, reason: str | None = None, actor: str | None = None) -> bool:
         """End the pause of a queue; whether there was one."""
+        return self._take(self._resume(queue, reason, actor))
+
+    async def resume_async(self, queue: str, *, reason: str | None = None, actor: str | None = None) -> bool:
+        """As `resume`, without blocking the event loop."""
+        return await self._take_async(self._resume(queue, reason, actor))
+
+    def _resume(self, queue: str, reason: str | None, actor: str | None) -> Steps[bool]:
         checked_name("queue", queue)
-        with self.begin() as connection:
-            ended = operations.resume_queue(connection, self.tables, queue, actor=who(actor), reason=why(reason))
-        if ended and self.tables.dialect_name == POSTGRESQL:
-            self._wake_sender({queue}, True)
-        return ended
+        by, because = who(actor), why(reason)
+        return change(
+            lambda connection: operations.resume_queue(connection, self.tables, queue, actor=by, reason=because),
+            wakes=lambda ended: [queue] if ended else [],
+        )
 
     def prune(
         self,
@@ -101,6 +138,21 @@ class Operator(Registry):
 
         Dead jobs are kept unless `statuses` names them. `pruned` is told of each batch.
         """
+        return self._take(self._prune(older_than, statuses, pruned))
+
+    async def prune_async(
+        self,
+        *,
+        older_than: float | timedelta,
+        statuses: Sequence[str] = (JobStatus.COMPLETED, JobStatus.CANCELLED),
+        pruned: Callable[[int], None] = lambda count: None,
+    ) -> int:
+        """As `prune`, without blocking the event loop."""
+        return await self._take_async(self._prune(older_than, statuses, pruned))
+
+    def _prune(
+        self, older_than: float | timedelta, statuses: Sequence[str], pruned: Callable[[int], None]
+    ) -> Steps[int]:
         seconds = duration_seconds("older_than", older_than)
         if not 0 <= seconds <= DELAY_SECONDS_MAX:
             raise ConfigurationError(
@@ -113,15 +165,18 @@ class Operator(Registry):
                 raise ConfigurationError(f"only {', '.join(FINAL_STATUSES)} jobs can be pruned, got {str(status)!r}")
         total = 0
         after_id: int | None = 0
+        chosen = [JobStatus(status) for status in statuses]
         while after_id is not None:
-            with self.begin() as connection:
-                count, after_id = operations.prune(
-                    connection,
-                    self.tables,
-                    older_than=seconds,
-                    statuses=[JobStatus(status) for status in statuses],
-                    after_id=after_id,
-                )
+            prune = functools.partial(
+                operations.prune, tables=self.tables, older_than=seconds, statuses=chosen, after_id=after_id
+            )
+            count, after_id = yield from change(prune)
             total += count
             pruned(count)
         return total
+
+    def _stored(self, connection: sa.Connection, job_ids: Sequence[int], *told: EventName) -> list[Job]:
+        """The jobs as they stand, if anybody listens to what is to be told of them."""
+        if not job_ids or self._listeners.wanted.isdisjoint(told):
+            return []
+        return operations.get_jobs(connection, self.tables, job_ids)

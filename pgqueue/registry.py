@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import timedelta
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, overload
 
@@ -24,7 +24,7 @@ from pgqueue.middleware import RunMiddleware, enqueue_middleware, run_middleware
 from pgqueue.retry import Retry, as_seconds
 from pgqueue.scheduling import Schedules, new_schedule
 from pgqueue.task import TaskDefinition, checked_name
-from pgqueue.transaction import SyncTransaction
+from pgqueue.transaction import AsyncTransaction, SyncTransaction
 from pgqueue.unique import Unique
 
 P = ParamSpec("P")
@@ -282,6 +282,14 @@ class Registry(Inserter):
         found = self.get_task(task)
         require_mapping(payload, task)
         return found.using(**options).enqueue(session, **payload)
+
+    def enqueue_async(
+        self, session: AsyncTransaction, task: str, payload: Mapping[str, Any], /, **options: Any
+    ) -> Awaitable[JobHandle]:
+        """As `enqueue`, for an AsyncSession or AsyncConnection. Must be awaited."""
+        found = self.get_task(task)
+        require_mapping(payload, task)
+        return found.using(**options).enqueue_async(session, **payload)
 
     # Listeners and middleware
 

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import datetime, timedelta
 from typing import Any, overload
 
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 
 from pgqueue import dead_letter, limits, operations
 from pgqueue.actor import who, why
 from pgqueue.arguments import checked_id, checked_limit, decoded, require_mapping
-from pgqueue.dialect import POSTGRESQL
-from pgqueue.engine import errors_explained
-from pgqueue.errors import ConfigurationError, WrongSession
+from pgqueue.dead_letter import Batch
+from pgqueue.errors import ConfigurationError
 from pgqueue.executor import MESSAGE_CHARACTERS_MAX, clean
 from pgqueue.inspecting import job_filter
 from pgqueue.job import JobStatus, ReplayResult
+from pgqueue.operations import JobFilter
 from pgqueue.registry import Registry
 from pgqueue.retry import checked_max_retries
+from pgqueue.steps import Steps, change, look
 from pgqueue.task import LimitKeys, TaskDefinition, checked_priority, encode_json
-from pgqueue.transaction import SyncTransaction, open_transaction, wake_after_commit
+from pgqueue.transaction import AsyncTransaction, SyncTransaction
 from pgqueue.unique import COMPUTED
 
 #: Jobs that one transaction replays or purges.
@@ -71,19 +71,48 @@ class Repairer(Registry):
         Several ids: a result that names those that were replayed and those that were not, with the reason.
         session: do it in your transaction instead of one of its own.
         """
+        return self._take_in(session, "replay", self._replay(ids, payload, reason, actor))
+
+    @overload
+    async def replay_async(
+        self,
+        ids: int,
+        *,
+        payload: Mapping[str, Any] | None = None,
+        session: AsyncTransaction | None = None,
+        reason: str | None = None,
+        actor: str | None = None,
+    ) -> None: ...
+
+    @overload
+    async def replay_async(
+        self,
+        ids: Iterable[int],
+        *,
+        payload: None = None,
+        session: AsyncTransaction | None = None,
+        reason: str | None = None,
+        actor: str | None = None,
+    ) -> ReplayResult: ...
+
+    async def replay_async(
+        self,
+        ids: int | Iterable[int],
+        *,
+        payload: Mapping[str, Any] | None = None,
+        session: AsyncTransaction | None = None,
+        reason: str | None = None,
+        actor: str | None = None,
+    ) -> ReplayResult | None:
+        """As `replay`, without blocking the event loop; `session` is an AsyncSession or AsyncConnection."""
+        return await self._take_in_async(session, "replay_async", self._replay(ids, payload, reason, actor))
+
+    def _replay(
+        self, ids: int | Iterable[int], payload: Mapping[str, Any] | None, reason: str | None, actor: str | None
+    ) -> Steps[ReplayResult | None]:
         by, because = who(actor), why(reason)
         if not isinstance(ids, Iterable):
-            job_id = checked_id(ids)
-
-            def replay_one(connection: sa.Connection) -> dead_letter.Batch:
-                tables = self._tables_of(connection)
-                with connection.begin_nested() if payload is not None else nullcontext():
-                    if payload is not None:
-                        self._edit(connection, job_id, {"payload": payload}, by, because)
-                    queue = dead_letter.replay_job(connection, tables, job_id, actor=by, reason=because)
-                return dead_letter.Batch([job_id], queues=frozenset({queue}))
-
-            self._change("replay", session, replay_one)
+            yield from self._replay_one(checked_id(ids), payload, by, because)
             return None
         if payload is not None:
             raise ConfigurationError("a payload belongs to one job: give replay() one id, not several")
@@ -91,17 +120,27 @@ class Repairer(Registry):
             raise ConfigurationError(f"replay() takes an id or several, got {type(ids).__name__}")
         chosen = sorted({checked_id(job_id) for job_id in ids})
 
-        def replay_some(some: Sequence[int], connection: sa.Connection) -> dead_letter.Batch:
+        def replay(some: Sequence[int], connection: sa.Connection) -> Batch:
             return dead_letter.replay_ids(connection, self._tables_of(connection), some, actor=by, reason=because)
 
         done: list[int] = []
         skipped: dict[int, str] = {}
         for start in range(0, len(chosen), BATCH_JOBS):
             some = chosen[start : start + BATCH_JOBS]
-            batch = self._change("replay", session, functools.partial(replay_some, some))
+            batch = yield from change(functools.partial(replay, some), wakes=_queues_of)
             done += batch.done
             skipped |= batch.skipped
         return ReplayResult(done, skipped)
+
+    def _replay_one(self, job_id: int, payload: Mapping[str, Any] | None, actor: str, reason: str | None) -> Steps[str]:
+        def replay(connection: sa.Connection) -> str:
+            tables = self._tables_of(connection)
+            with connection.begin_nested() if payload is not None else nullcontext():
+                if payload is not None:
+                    self._edit_on(connection, job_id, {"payload": payload}, actor, reason)
+                return dead_letter.replay_job(connection, tables, job_id, actor=actor, reason=reason)
+
+        return change(replay, wakes=lambda queue: [queue])
 
     def replay_where(
         self,
@@ -129,9 +168,44 @@ class Repairer(Registry):
         Jobs that another transaction is changing at this moment are left alone.
         """
         wanted = job_filter(JobStatus.DEAD, queue, task, error_type, since, until, tags)
-        by, because = who(actor), why(reason)
+        steps = self._replay_where(wanted, limit, dry_run, replayed, reason, actor)
+        return self._take_in(session, "replay_where", steps)
 
-        def step(after_id: int, size: int, connection: sa.Connection) -> dead_letter.Batch:
+    async def replay_where_async(
+        self,
+        *,
+        task: str | None = None,
+        queue: str | None = None,
+        error_type: str | None = None,
+        since: datetime | timedelta | float | None = None,
+        until: datetime | timedelta | float | None = None,
+        tags: Mapping[str, str] | None = None,
+        limit: int | None = None,
+        dry_run: bool = False,
+        replayed: Callable[[int], None] = lambda count: None,
+        session: AsyncTransaction | None = None,
+        reason: str | None = None,
+        actor: str | None = None,
+    ) -> ReplayResult:
+        """As `replay_where`, without blocking the event loop; `session` is an AsyncSession or AsyncConnection."""
+        wanted = job_filter(JobStatus.DEAD, queue, task, error_type, since, until, tags)
+        steps = self._replay_where(wanted, limit, dry_run, replayed, reason, actor)
+        return await self._take_in_async(session, "replay_where_async", steps)
+
+    def _replay_where(
+        self,
+        wanted: JobFilter,
+        limit: int | None,
+        dry_run: bool,
+        replayed: Callable[[int], None],
+        reason: str | None,
+        actor: str | None,
+    ) -> Steps[ReplayResult]:
+        by, because = who(actor), why(reason)
+        done: list[int] = []
+        skipped: dict[int, str] = {}
+
+        def replay(after_id: int, size: int, connection: sa.Connection) -> Batch:
             tables = self._tables_of(connection)
             if dry_run:
                 return dead_letter.would_replay(connection, tables, wanted, after_id=after_id, limit=size)
@@ -139,12 +213,12 @@ class Repairer(Registry):
                 connection, tables, wanted, after_id=after_id, limit=size, actor=by, reason=because
             )
 
-        done: list[int] = []
-        skipped: dict[int, str] = {}
-        for batch in self._batches("replay_where", session, step, limit):
-            done += batch.done
-            skipped |= batch.skipped
+        def note(batch: Batch) -> None:
+            done.extend(batch.done)
+            skipped.update(batch.skipped)
             replayed(len(batch.done))
+
+        yield from _in_batches(replay, limit, note)
         return ReplayResult(done, skipped)
 
     def purge(
@@ -168,74 +242,63 @@ class Repairer(Registry):
         Their events go with them, but for one each that says who deleted it, when and why.
         """
         wanted = job_filter(JobStatus.DEAD, queue, task, error_type, since, until, tags)
+        return self._take_in(session, "purge", self._purge(wanted, limit, dry_run, purged, reason, actor))
+
+    async def purge_async(
+        self,
+        *,
+        task: str | None = None,
+        queue: str | None = None,
+        error_type: str | None = None,
+        since: datetime | timedelta | float | None = None,
+        until: datetime | timedelta | float | None = None,
+        tags: Mapping[str, str] | None = None,
+        limit: int | None = None,
+        dry_run: bool = False,
+        purged: Callable[[int], None] = lambda count: None,
+        session: AsyncTransaction | None = None,
+        reason: str | None = None,
+        actor: str | None = None,
+    ) -> int:
+        """As `purge`, without blocking the event loop; `session` is an AsyncSession or AsyncConnection."""
+        wanted = job_filter(JobStatus.DEAD, queue, task, error_type, since, until, tags)
+        steps = self._purge(wanted, limit, dry_run, purged, reason, actor)
+        return await self._take_in_async(session, "purge_async", steps)
+
+    def _purge(
+        self,
+        wanted: JobFilter,
+        limit: int | None,
+        dry_run: bool,
+        purged: Callable[[int], None],
+        reason: str | None,
+        actor: str | None,
+    ) -> Steps[int]:
         by, because = who(actor), why(reason)
         if dry_run:
             if limit is not None:
                 checked_limit(limit)
-            count = self._change(
-                "purge",
-                session,
-                lambda connection: dead_letter.Batch(
-                    range(dead_letter.count_dead(connection, self._tables_of(connection), wanted, limit=limit))
-                ),
+            return (
+                yield from look(
+                    lambda connection: dead_letter.count_dead(
+                        connection, self._tables_of(connection), wanted, limit=limit
+                    )
+                )
             )
-            return len(count.done)
+        total = 0
 
-        def step(after_id: int, size: int, connection: sa.Connection) -> dead_letter.Batch:
+        def purge(after_id: int, size: int, connection: sa.Connection) -> Batch:
             return dead_letter.purge_dead(
                 connection, self._tables_of(connection), wanted, after_id=after_id, limit=size, actor=by, reason=because
             )
 
-        total = 0
-        for batch in self._batches("purge", session, step, limit):
+        def note(batch: Batch) -> None:
+            nonlocal total
             total += len(batch.done)
             purged(len(batch.done))
+
+        yield from _in_batches(purge, limit, note)
         return total
-
-    def _batches(
-        self,
-        call: str,
-        session: SyncTransaction | None,
-        step: Callable[[int, int, sa.Connection], dead_letter.Batch],
-        limit: int | None,
-    ) -> Iterator[dead_letter.Batch]:
-        """Take steps until nothing is left to do or `limit` jobs are done."""
-        if limit is not None:
-            checked_limit(limit)
-        left, after_id = limit, 0
-        while left is None or left > 0:
-            size = BATCH_JOBS if left is None else min(BATCH_JOBS, left)
-            batch = self._change(call, session, functools.partial(step, after_id, size))
-            yield batch
-            if batch.after_id is None:
-                return
-            after_id = batch.after_id
-            left = None if left is None else left - len(batch.done)
-
-    def _change(
-        self,
-        call: str,
-        session: SyncTransaction | None,
-        work: Callable[[sa.Connection], dead_letter.Batch],
-    ) -> dead_letter.Batch:
-        """Do this in the transaction of `session`, or in one of its own; then wake the workers of its queues."""
-        if session is None:
-            batch = self._run(work)
-            if batch.queues and self.tables.dialect_name == POSTGRESQL:
-                self._wake_sender(set(batch.queues), True)
-            return batch
-        if isinstance(session, AsyncSession | AsyncConnection | async_scoped_session):
-            raise WrongSession(
-                f"{call}() takes a synchronous Session or Connection, got {type(session).__name__}; "
-                f"use: await session.run_sync(lambda session: pgq.{call}(…, session=session))"
-            )
-        target, connection = open_transaction(session, call, self._job_class)
-        with errors_explained(connection.engine.url):
-            batch = work(connection)
-        if connection.dialect.name == POSTGRESQL:
-            for queue in batch.queues:
-                wake_after_commit(target, connection, queue, self._wake_sender)
-        return batch
 
     def edit(
         self,
@@ -255,6 +318,32 @@ class Repairer(Registry):
         Raises JobNotFound; IllegalTransition for a running or completed job; InvalidPayload; DuplicateJob when the new
         payload gives the job a unique key that an open job has.
         """
+        self._take_in(session, "edit", self._edit(job_id, payload, priority, max_retries, reason, actor))
+
+    async def edit_async(
+        self,
+        job_id: int,
+        *,
+        payload: Mapping[str, Any] | None = None,
+        priority: int | None = None,
+        max_retries: int | None = None,
+        session: AsyncTransaction | None = None,
+        reason: str | None = None,
+        actor: str | None = None,
+    ) -> None:
+        """As `edit`, without blocking the event loop; `session` is an AsyncSession or AsyncConnection."""
+        steps = self._edit(job_id, payload, priority, max_retries, reason, actor)
+        await self._take_in_async(session, "edit_async", steps)
+
+    def _edit(
+        self,
+        job_id: int,
+        payload: Mapping[str, Any] | None,
+        priority: int | None,
+        max_retries: int | None,
+        reason: str | None,
+        actor: str | None,
+    ) -> Steps[None]:
         if payload is None and priority is None and max_retries is None:
             raise ConfigurationError("edit() needs something to change: payload, priority or max_retries")
         if priority is not None:
@@ -263,14 +352,10 @@ class Repairer(Registry):
             checked_max_retries(max_retries)
         changes: dict[str, Any] = {"payload": payload, "priority": priority, "max_retries": max_retries}
         by, because = who(actor), why(reason)
+        checked_id(job_id)
+        return change(lambda connection: self._edit_on(connection, job_id, changes, by, because))
 
-        def edit_one(connection: sa.Connection) -> dead_letter.Batch:
-            self._edit(connection, checked_id(job_id), changes, by, because)
-            return dead_letter.Batch([job_id])
-
-        self._change("edit", session, edit_one)
-
-    def _edit(
+    def _edit_on(
         self, connection: sa.Connection, job_id: int, changes: Mapping[str, Any], actor: str, reason: str | None
     ) -> None:
         tables = self._tables_of(connection)
@@ -304,6 +389,27 @@ class Repairer(Registry):
             if moved:
                 values |= {**moved, "waits_for": None, "slot": None, "leads_order": False}
         return values
+
+
+def _in_batches(
+    work: Callable[[int, int, sa.Connection], Batch], limit: int | None, note: Callable[[Batch], None]
+) -> Steps[None]:
+    """Do the work, from an id on and for so many jobs, until nothing is left to do or `limit` jobs are done."""
+    if limit is not None:
+        checked_limit(limit)
+    left, after_id = limit, 0
+    while left is None or left > 0:
+        size = BATCH_JOBS if left is None else min(BATCH_JOBS, left)
+        batch = yield from change(functools.partial(work, after_id, size), wakes=_queues_of)
+        note(batch)
+        if batch.after_id is None:
+            return
+        after_id = batch.after_id
+        left = None if left is None else left - len(batch.done)
+
+
+def _queues_of(batch: Batch) -> Iterable[str]:
+    return batch.queues
 
 
 def _edit_reason(changed: Sequence[str], reason: str | None) -> str:

@@ -53,7 +53,7 @@ def open_transaction(
     if isinstance(given, AsyncSession | async_scoped_session | AsyncConnection):
         raise WrongSession(
             f"{call}() takes a synchronous Session or Connection, got {type(given).__name__}; "
-            f"use: await ….{call}_async(session, …)"
+            f"use: await ….{call}_async(…)"
         )
     raise _refusal(given, call, "a Session, scoped_session or Connection")
 
@@ -109,7 +109,7 @@ def _refusal(given: object, call: str, expected: str) -> WrongSession:
         hint = ": an engine is not a transaction; open one with `with Session(engine) as session, session.begin():`"
     elif isinstance(given, type) or callable(given):
         hint = ": is this a factory that still has to be called?"
-    return WrongSession(f"{call}() takes {expected} as its first argument, got {type(given).__name__}{hint}")
+    return WrongSession(f"{call}() takes {expected} as its session, got {type(given).__name__}{hint}")
 
 
 # After the commit ------------------------------------------------------------------------------------------

@@ -266,7 +266,7 @@ def test_it_happens_in_the_applications_transaction(pgq: PgQueue, call: str) -> 
 def test_another_kind_of_session_is_refused_with_the_way_to_do_it(pgq: PgQueue) -> None:
     from sqlalchemy.ext.asyncio import AsyncSession
 
-    with pytest.raises(WrongSession, match=r"use: await session\.run_sync\(lambda session: pgq\.replay_where"):
+    with pytest.raises(WrongSession, match=r"use: await ….replay_where_async\("):
         pgq.replay_where(session=AsyncSession())  # type: ignore[arg-type]
     with pytest.raises(WrongSession, match="got str"):
         pgq.purge(session="session")  # type: ignore[arg-type]

@@ -506,7 +506,7 @@ def test_a_lease_runs_out_while_time_passes(pgq: PgQueue, session: Session) -> N
 
     one.enqueue(session)
     connection = session if isinstance(session, sa.Connection) else session.connection()
-    assert len(pgq._claim(connection, "worker-1", "default", None, 1, 30.0)) == 1
+    assert len(pgq._claim_on(connection, "worker-1", "default", None, 1, 30.0)) == 1
     assert drain(session, pgq).completed == 0
     travel(session, pgq, seconds=31)
     report = drain(session, pgq)

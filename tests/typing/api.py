@@ -17,6 +17,7 @@ from pgqueue import (
     Job,
     JobEvent,
     JobHandle,
+    JobStatus,
     PgQueue,
     ReplayResult,
     Retry,
@@ -103,6 +104,23 @@ def operate(session: Session) -> ReplayResult:
     assert count
     pgq.replay([1, 2], payload={})  # type: ignore[call-overload]
     return pgq.replay([1, 2])
+
+
+async def operate_async(session: AsyncSession) -> ReplayResult:
+    await pgq.enqueue_async(session, "plain", {"file": "a.jpg"})
+    await pgq.replay_async(1, payload={"file": "a.jpg"}, session=session)
+    await pgq.edit_async(1, payload={"file": "b.jpg"}, reason="typo")
+    status: JobStatus = await pgq.cancel_async(1)
+    assert status
+    count: int = await pgq.purge_async(task="once", dry_run=True)
+    assert count
+    await pgq.pause_async("images", duration="long")  # type: ignore[arg-type]
+    await pgq.replay_async([1, 2], payload={})  # type: ignore[call-overload]
+    pgq.replay([1, 2], session=session)  # type: ignore[call-overload]
+    ids: list[int] = [job.id async for job in pgq.iter_jobs_async(status="dead")]
+    claimed: list[ClaimedJob] = await pgq.claim_async("w")
+    await pgq.ack_async(claimed, result=ids, session=session)
+    return await pgq.replay_async(ids)
 
 
 def listen() -> Subscription:
