@@ -11,17 +11,35 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from pgqueue import reporting
 from pgqueue.executor import describe, execute, execute_async, outcome_of
-from pgqueue.isolation import LENGTH_BYTES, decoded_job, encoded, receive
-from pgqueue.job import ClaimedJob, ErrorInfo, Failed, Outcome
+from pgqueue.isolation import (
+    IS_LINUX,
+    LENGTH_BYTES,
+    MESSAGE_BYTES_MAX,
+    PROGRESS,
+    STARTED,
+    decoded_job,
+    message_of,
+    outcome_message,
+    receive,
+)
+from pgqueue.job import ClaimedJob, Discarded, ErrorInfo, Failed, Outcome
 from pgqueue.middleware import wrapped
 from pgqueue.task import TaskDefinition
 
 PR_SET_PDEATHSIG = 1
+
+#: Between two reports of progress to the worker, which writes one a second.
+REPORT_SECONDS = 0.2
+
+#: Between two looks whether the worker is alive, where the system does not tell.
+WATCH_SECONDS = 0.5
 
 
 def main() -> None:
@@ -30,22 +48,90 @@ def main() -> None:
     with socket.socket(fileno=int(sys.argv[2])) as worker:
         worker.set_inheritable(False)
         sys.argv[1:] = []
+        line = Line(worker)
         while (message := _next(worker)) is not None:
             asked = json.loads(message)
             job = decoded_job(asked["job"])
-            try:
-                definition = find(asked["module"], asked["qualname"])
-            except BaseException as error:  # noqa: BLE001 — the application's modules may raise anything
-                _send(worker, b"")
-                _send(worker, encoded(Failed(describe(error))))
-                continue
-            _send(worker, b"")  # started
-            _send(worker, encoded(run(definition, job, asked["memory_limit"])))
+            reporting.reporters[job.claimed_by] = line.report
+            line.say(outcome_of_job(line, job, asked))
+
+
+def outcome_of_job(line: Line, job: ClaimedJob, asked: dict[str, Any]) -> bytes:
+    """Run a job; the message that says how it ended."""
+    try:
+        definition = find(asked["module"], asked["qualname"])
+    except BaseException as error:  # noqa: BLE001 — the application's modules may raise anything
+        return outcome_message(job, Failed(describe(error)))
+    line.say(message_of(job, STARTED))
+    outcome = run(definition, job, asked["memory_limit"])
+    try:
+        message = outcome_message(job, outcome)
+    except Exception as error:  # noqa: BLE001 — what a task gave cannot be said; its worker has to hear of that
+        return outcome_message(job, Failed(describe(error)))
+    if len(message) > MESSAGE_BYTES_MAX:
+        reason = f"the task ran to its end, but its return value is larger than {MESSAGE_BYTES_MAX:,} bytes"
+        return outcome_message(job, Discarded(reason, ErrorInfo("InvalidResult", reason)))
+    return message
+
+
+class Line:
+    """What this process says to its worker. Whatever a task may have forked stays silent: it would speak for its
+    parent."""
+
+    def __init__(self, worker: socket.socket) -> None:
+        self._worker = worker
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._report: bytes | None = None  #: the latest one, not sent yet
+        self._report_at = 0.0  #: monotonic; the next one is not sent before
+        self._reporter: threading.Thread | None = None
+        self._has_report = threading.Event()
+
+    def say(self, message: bytes) -> None:
+        """Send a message, after what was reported last."""
+        if os.getpid() != self._pid:
+            os._exit(1)  # a fork that came back from the task
+        with self._lock:
+            self._send_report()
+            self._send(message)
+
+    def report(self, job: ClaimedJob, document: dict[str, Any]) -> None:
+        """Send how far a job is: at once, unless that was done just before."""
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            self._report = message_of(job, PROGRESS, document)
+            if time.monotonic() >= self._report_at:
+                self._send_report()
+                return
+        if self._reporter is None:
+            reporter = threading.Thread(target=self._send_reports, name="pgqueue-reports", daemon=True)
+            with suppress(RuntimeError, MemoryError):  # no room for it: then with the next report, or the outcome
+                reporter.start()
+                self._reporter = reporter
+        self._has_report.set()
+
+    def _send_reports(self) -> None:
+        while True:
+            self._has_report.wait()
+            self._has_report.clear()
+            time.sleep(REPORT_SECONDS)
+            with self._lock, suppress(OSError):
+                self._send_report()
+
+    def _send_report(self) -> None:
+        if self._report is not None:
+            message, self._report = self._report, None
+            self._report_at = time.monotonic() + REPORT_SECONDS
+            self._send(message)
+
+    def _send(self, message: bytes) -> None:
+        self._worker.sendall(len(message).to_bytes(LENGTH_BYTES) + message)
 
 
 def end_with(worker: int) -> None:
     """See to it that this process does not outlive its worker, however that one ends."""
-    if sys.platform == "linux":
+    if IS_LINUX:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     else:
         threading.Thread(target=_watch, args=(worker,), daemon=True).start()
@@ -56,7 +142,7 @@ def end_with(worker: int) -> None:
 def _watch(worker: int) -> None:
     pause = threading.Event()
     while os.getppid() == worker:
-        pause.wait(1.0)
+        pause.wait(WATCH_SECONDS)
     os.killpg(0, signal.SIGKILL)
 
 
@@ -72,10 +158,6 @@ def _next(worker: socket.socket) -> bytes | None:
     with suppress(EOFError, ConnectionError):
         return receive(read)
     return None
-
-
-def _send(worker: socket.socket, message: bytes) -> None:
-    worker.sendall(len(message).to_bytes(LENGTH_BYTES) + message)
 
 
 def find(module: str, qualname: str) -> TaskDefinition:
@@ -124,7 +206,13 @@ def limited(memory_limit: int | None) -> Iterator[None]:
             f"memory_limit is {memory_limit:,} bytes, but the process has taken {taken:,} before the task begins"
         )
     wanted = memory_limit if hard == resource.RLIM_INFINITY else min(memory_limit, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
+    except (ValueError, OSError):
+        if IS_LINUX:
+            raise
+        yield  # the worker has warned of it
+        return
     try:
         yield
     finally:

@@ -2,13 +2,17 @@
 
 Each child has a socket of its own, runs one job at a time, and shares nothing with the others: no queue and no lock
 that a child could take along when it is killed. It is a new interpreter, not a fork, so it has none of the worker's
-connections. It leads a process group of its own, which is killed as a whole. Should the worker die, its children are
-ended by the kernel (Linux), or end when they next look at their socket.
+connections. It leads a session and process group of its own: no signal of a terminal reaches it, and it is killed as a
+whole. Should the worker die, its children are ended by the kernel (Linux), or end when they next look.
+
+Nothing that a child says is trusted further than its own job. Each message names the claim it is about, so that what an
+earlier job has left behind in the same process, a thread or a fork, cannot speak for a later one.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -24,11 +28,17 @@ from typing import Any
 
 import pydantic
 
+from pgqueue import reporting
 from pgqueue.errors import ConfigurationError, ProcessDied
 from pgqueue.executor import describe, timed_out
-from pgqueue.job import Cancelled, ClaimedJob, Completed, Discarded, ErrorInfo, Failed, Outcome, Snoozed
+from pgqueue.job import Cancelled, ClaimedJob, Completed, Discarded, ErrorInfo, Failed, Outcome, Released, Snoozed
 from pgqueue.retry import Retry
 from pgqueue.task import TaskDefinition
+
+logger = logging.getLogger(__name__)
+
+#: Where children can be started, and where the system keeps them within a memory limit.
+IS_POSIX, IS_LINUX = os.name == "posix", sys.platform == "linux"
 
 #: How long a child may take to start and to import the application.
 START_SECONDS = 60.0
@@ -36,7 +46,19 @@ START_SECONDS = 60.0
 #: Between two looks whether a child is alive whose socket somebody else, such as a child of its own, may keep open.
 LOOK_SECONDS = 0.2
 
+#: How long a child that has hung up may take to end.
+EXIT_SECONDS = 1.0
+
 LENGTH_BYTES = 8
+
+#: No message is longer: PostgreSQL stores no larger document. The worker's memory is not the child's to fill.
+MESSAGE_BYTES_MAX = 256 * 1024 * 1024
+
+#: Read from a socket at once, at most.
+READ_BYTES = 1024 * 1024
+
+#: What a child says before the outcome of a job: that its function is about to run, and how far it is.
+STARTED, PROGRESS = "Started", "Progress"
 
 _CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from pgqueue.isolated import main; main()"
 
@@ -65,6 +87,13 @@ def reference_of(task: object, definition: TaskDefinition) -> Reference:
             f"{module}.{qualname}: {why}"
         )
 
+    if not IS_POSIX:
+        raise ConfigurationError(
+            f'task {definition.name!r} has isolation="process", which needs Linux or another POSIX system; '
+            f"this is {sys.platform}"
+        )
+    if definition.memory_limit is not None and not IS_LINUX:
+        logger.warning("the memory_limit of task %s may not be kept: %s is not Linux", definition.name, sys.platform)
     if module == "__main__":
         raise refuse("__main__ is another module there; move the task into a module and import that")
     if "<" in qualname:
@@ -79,61 +108,95 @@ def reference_of(task: object, definition: TaskDefinition) -> Reference:
     return Reference(module, qualname)
 
 
+@dataclass(slots=True, eq=False)
+class _Run:
+    """An attempt that this worker runs in a child."""
+
+    child: _Child | None = None  #: None: it is being started
+    stopped_as: Outcome | None = None  #: how it ends, whatever its process says from then on
+
+
 class Processes:
     """The children of one worker."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._idle: list[_Child] = []
-        self._busy: dict[ClaimedJob, _Child] = {}
+        self._runs: dict[ClaimedJob, _Run] = {}
         self._starter: ThreadPoolExecutor | None = None
+        self._closed = False
 
     @property
     def busy(self) -> list[ClaimedJob]:
-        return list(self._busy)
+        return list(self._runs)
 
     def run(self, job: ClaimedJob, definition: TaskDefinition, reference: Reference) -> Outcome:
-        """Run one attempt, and wait for its end."""
-        try:
-            child = self._take()
-        except OSError as error:
-            return Failed(describe(error))
+        """Run one attempt, and wait for its end. Never raises."""
+        run = _Run()
         with self._lock:
-            self._busy[job] = child
+            self._runs[job] = run
         if job.cancel_requested:  # just before it could be stopped
             self.stop(job, Cancelled("it was asked to stop before it was started"))
         try:
-            outcome = child.run(job, definition, reference)
+            outcome: Outcome | None = None
+            while outcome is None:
+                outcome = self._run(run, job, definition, reference)
+            return outcome
+        except Exception as error:  # noqa: BLE001 — it could not be started; whatever it is, the slot goes on
+            return run.stopped_as or Failed(describe(error))
         finally:
             with self._lock:
-                del self._busy[job]
-        info: ErrorInfo | None = getattr(outcome, "error", None)
-        if child.is_over or (info is not None and info.type == "MemoryError"):
-            child.end()
-        else:
-            with self._lock:
-                self._idle.append(child)
-        return outcome
+                del self._runs[job]
 
     def stop(self, job: ClaimedJob, outcome: Outcome) -> None:
         """Kill the process that runs this job, if one does; unless it has returned already, it ends in `outcome`."""
         with self._lock:
-            child = self._busy.get(job)
-            if child is not None:
-                child.stopped_as = outcome
-                child.kill()
+            run = self._runs.get(job)
+            if run is not None:
+                run.stopped_as = outcome
+                if run.child is not None:
+                    run.child.kill()
 
     def close(self) -> None:
-        """End the children that have nothing to do. None may be busy."""
+        """End the children that have nothing to do, and start no more. None should be busy."""
         with self._lock:
+            self._closed = True
             idle, self._idle = self._idle, []
         for child in idle:
             child.end()
         if self._starter is not None:
             self._starter.shutdown()
 
-    def _take(self) -> _Child:
-        """A child that is alive; the one that was used last, so that no more are kept than are needed."""
+    def _run(self, run: _Run, job: ClaimedJob, definition: TaskDefinition, reference: Reference) -> Outcome | None:
+        """None when the child that was to run it had died of what ran in it before: then another one shall."""
+        child, is_fresh = self._take()
+        with self._lock:
+            stopped_as = Released("the worker stopped before it started the job") if self._closed else run.stopped_as
+            if stopped_as is None:
+                run.child = child
+        if stopped_as is not None:
+            child.end()
+            return stopped_as
+        try:
+            outcome = child.run(run, job, definition, reference)
+        except BaseException:
+            child.end()
+            raise
+        info: ErrorInfo | None = getattr(outcome, "error", None)
+        with self._lock:
+            run.child = None  # what stops this job from now on must not end the child of another
+            is_good = not (child.is_over or run.stopped_as or self._closed)
+            is_good = is_good and not (info is not None and info.type == "MemoryError")
+            if is_good:
+                self._idle.append(child)
+        if not is_good:
+            child.end()
+        is_its_own = child.has_begun or is_fresh or not child.is_over
+        return outcome if is_its_own else run.stopped_as
+
+    def _take(self) -> tuple[_Child, bool]:
+        """A child that is alive, and whether it is a new one; that which was used last, so that no more are kept than
+        are needed."""
         while True:
             with self._lock:
                 child = self._idle.pop() if self._idle else None
@@ -142,25 +205,29 @@ class Processes:
                     self._starter = ThreadPoolExecutor(1, thread_name_prefix="pgqueue-starter")
                 starter = self._starter
             if child is None:
-                return starter.submit(_Child).result()
+                return starter.submit(_Child).result(), True
             if not child.has_died():
-                return child
+                return child, False
             child.end()
 
 
 class _Gone(Exception):
-    """The child died, or was killed."""
+    """The child died, was killed, or has hung up."""
 
 
 class _Late(Exception):
     """The child did not answer in time."""
 
 
+class _Rubbish(Exception):
+    """The child said what cannot be."""
+
+
 class _Child:
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair()
         self.is_over = False
-        self.stopped_as: Outcome | None = None
+        self.has_begun = False  #: to run the present job
         self._lock = threading.Lock()
         self._is_reaped = False
         with theirs:
@@ -175,7 +242,8 @@ class _Child:
                 self._socket.close()
                 raise
 
-    def run(self, job: ClaimedJob, definition: TaskDefinition, reference: Reference) -> Outcome:
+    def run(self, run: _Run, job: ClaimedJob, definition: TaskDefinition, reference: Reference) -> Outcome:
+        self.has_begun = False
         message = {
             "module": reference.module,
             "qualname": reference.qualname,
@@ -184,44 +252,72 @@ class _Child:
         }
         try:
             self._send(json.dumps(message).encode())
-            try:
-                self._receive(START_SECONDS)
-            except _Late:
-                self.is_over = True
-                problem = f"its process did not start, or not import {reference.module}, within {START_SECONDS:g} s"
-                return definition.retry.judge(TimeoutError, ErrorInfo("TimeoutError", problem))
-            try:
-                return decoded(self._receive(definition.timeout))
-            except _Late:
-                self.is_over = True
-                assert definition.timeout is not None
-                return timed_out(definition.retry, definition.timeout)
+            return self._outcome(job, definition, reference)
         except _Gone:
             self.is_over = True
-            return self.stopped_as or self._died(definition.retry)
-        finally:
-            if self.is_over or self.stopped_as is not None:
+            return run.stopped_as or self._died(definition.retry)
+        except _Rubbish as error:
+            self.is_over = True
+            logger.error("the process of task %s, job %d, was killed: %s", job.task, job.id, error)
+            return run.stopped_as or _as_died(definition.retry, f"was killed by its worker: {error}")
+
+    def _outcome(self, job: ClaimedJob, definition: TaskDefinition, reference: Reference) -> Outcome:
+        deadline: float | None = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                kind, content = self._hear(job, deadline)
+            except _Late:
                 self.is_over = True
-                self.end()
+                if self.has_begun:
+                    assert definition.timeout is not None
+                    return timed_out(definition.retry, definition.timeout)
+                problem = f"its process did not start, or not import {reference.module}, within {START_SECONDS:g} s"
+                return definition.retry.judge(TimeoutError, ErrorInfo("TimeoutError", problem))
+            if kind == STARTED and not self.has_begun:
+                self.has_begun = True
+                deadline = None if definition.timeout is None else time.monotonic() + definition.timeout
+            elif kind == PROGRESS:
+                _report(job, content)
+            else:
+                return decoded(kind, content)
+
+    def _hear(self, job: ClaimedJob, deadline: float | None) -> tuple[str, Any]:
+        """What the child says next of this job."""
+        while True:
+            claim, kind, content = opened(receive(lambda count: self._read(count, deadline)))
+            if claim == str(job.claim_token):
+                return kind, content
 
     def _died(self, policy: Retry) -> Outcome:
+        give_up_at = time.monotonic() + EXIT_SECONDS
+        while not (has_died := self.has_died()) and time.monotonic() < give_up_at:
+            time.sleep(0.005)
         code = self.end()
+        if not has_died:
+            return _as_died(policy, "hung up on its worker, which killed it,")
         if code >= 0:
-            how = f"exited with code {code}"
-        else:
-            how = f"was ended by {signal.Signals(-code).name}"
-            if -code == signal.SIGKILL:
-                how += " (the system does that when memory runs out)"
-        info = ErrorInfo("pgqueue.errors.ProcessDied", f"the process of the task {how} before the task returned")
-        return policy.judge(ProcessDied, info)
+            return _as_died(policy, f"exited with code {code}")
+        how = f"was ended by {_name_of(-code)}"
+        if -code == signal.SIGKILL:
+            how += " (the system does that when memory runs out)"
+        return _as_died(policy, how)
 
     def has_died(self) -> bool:
-        """Whether it is no more; it stays a zombie, so that its number cannot become another process's."""
-        if not hasattr(os, "waitid"):
-            return False
-        return (
-            self._is_reaped or os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-        )
+        """Whether it is no more. It stays a zombie, so that its number cannot become another process's."""
+        if self._is_reaped:
+            return True
+        if hasattr(os, "waitid"):
+            try:
+                return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+            except ChildProcessError:  # the application has the system reap its children (SIGCHLD ignored)
+                self._is_reaped = True
+                return True
+        with self._lock:  # on some systems one cannot look without reaping
+            if self._process.poll() is not None:
+                self._is_reaped = True
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+        return self._is_reaped
 
     def kill(self) -> None:
         """Kill it, and what it has started; may be called from any thread, at any time."""
@@ -241,15 +337,11 @@ class _Child:
         return code
 
     def _send(self, message: bytes) -> None:
-        self._socket.settimeout(START_SECONDS)
         try:
+            self._socket.settimeout(START_SECONDS)
             self._socket.sendall(len(message).to_bytes(LENGTH_BYTES) + message)
         except OSError as error:
             raise _Gone from error
-
-    def _receive(self, seconds: float | None) -> bytes:
-        deadline = None if seconds is None else time.monotonic() + seconds
-        return receive(lambda count: self._read(count, deadline))
 
     def _read(self, count: int, deadline: float | None) -> bytes:
         """Some bytes, at most so many."""
@@ -272,6 +364,24 @@ class _Child:
             return data
 
 
+def _name_of(number: int) -> str:
+    with suppress(ValueError):
+        return signal.Signals(number).name
+    return f"signal {number}"  # a real-time one
+
+
+def _as_died(policy: Retry, how: str) -> Outcome:
+    info = ErrorInfo("pgqueue.errors.ProcessDied", f"the process of the task {how} before the task returned")
+    return policy.judge(ProcessDied, info)
+
+
+def _report(job: ClaimedJob, content: Any) -> None:
+    try:
+        reporting.report(job, content["done"], content["total"], content["note"])
+    except (ConfigurationError, LookupError, TypeError) as error:
+        raise _Rubbish("it reported progress that cannot be read") from error
+
+
 # What both sides say ---------------------------------------------------------------------------------------
 
 
@@ -281,11 +391,14 @@ def receive(read: Callable[[int], bytes]) -> bytes:
     def exactly(count: int) -> bytes:
         parts: list[bytes] = []
         while count:
-            parts.append(read(count))
+            parts.append(read(min(count, READ_BYTES)))
             count -= len(parts[-1])
         return b"".join(parts)
 
-    return exactly(int.from_bytes(exactly(LENGTH_BYTES)))
+    length = int.from_bytes(exactly(LENGTH_BYTES))
+    if length > MESSAGE_BYTES_MAX:
+        raise _Rubbish(f"it announced a message of {length:,} bytes, and {MESSAGE_BYTES_MAX:,} are the most")
+    return exactly(length)
 
 
 def decoded_job(document: Any) -> ClaimedJob:
@@ -293,12 +406,31 @@ def decoded_job(document: Any) -> ClaimedJob:
     return job
 
 
-def encoded(outcome: Outcome) -> bytes:
+def message_of(job: ClaimedJob, kind: str, content: Any = None) -> bytes:
+    """What a child says of a job."""
+    return json.dumps([str(job.claim_token), kind, content]).encode()
+
+
+def outcome_message(job: ClaimedJob, outcome: Outcome) -> bytes:
     kind = type(outcome).__name__
-    return json.dumps({"kind": kind, "outcome": _outcomes[kind].dump_python(outcome, mode="json")}).encode()
+    return message_of(job, kind, _outcomes[kind].dump_python(outcome, mode="json"))
 
 
-def decoded(message: bytes) -> Outcome:
-    document = json.loads(message)
-    outcome: Outcome = _outcomes[document["kind"]].validate_python(document["outcome"])
+def opened(message: bytes) -> tuple[str, str, Any]:
+    """The claim, the kind and the content of what a child says."""
+    try:
+        claim, kind, content = json.loads(message)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _Rubbish("it sent what is no message") from error
+    return claim, kind, content
+
+
+def decoded(kind: object, content: Any) -> Outcome:
+    adapter = _outcomes.get(kind) if isinstance(kind, str) else None
+    if adapter is None:
+        raise _Rubbish("it sent an outcome that there is not")
+    try:
+        outcome: Outcome = adapter.validate_python(content)
+    except ValueError as error:
+        raise _Rubbish("it sent an outcome that cannot be read") from error
     return outcome

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import threading
 import uuid
@@ -13,6 +14,8 @@ from typing import Any
 from pgqueue.errors import ConfigurationError
 from pgqueue.executor import clean, current_job
 from pgqueue.job import ClaimedJob
+
+logger = logging.getLogger(__name__)
 
 #: What is kept of a note.
 NOTE_CHARACTERS_MAX = 500
@@ -31,7 +34,11 @@ def progress(done: float, total: float | None = None, note: str | None = None) -
     before the job ends. Costs the task next to nothing, and cannot fail it unless the arguments are wrong.
     RuntimeError outside of a task.
     """
-    job = current_job()
+    report(current_job(), done, total, note)
+
+
+def report(job: ClaimedJob, done: Any, total: Any, note: Any) -> None:
+    """Likewise, of a job that this process may not be running itself. Raises ConfigurationError alone."""
     for name, number in (("done", done), ("total", total)):
         if number is None and name == "total":
             continue
@@ -39,10 +46,13 @@ def progress(done: float, total: float | None = None, note: str | None = None) -
             raise ConfigurationError(f"{name} of progress() must be a finite number, got {number!r}")
     if note is not None and not isinstance(note, str):
         raise ConfigurationError(f"note of progress() must be a string, got {type(note).__name__}")
-    report = reporters.get(job.claimed_by)
-    if report is not None:
+    tell = reporters.get(job.claimed_by)
+    if tell is not None:
         kept = None if note is None else clean(note, NOTE_CHARACTERS_MAX)
-        report(job, {"done": done, "total": total, "note": kept})
+        try:
+            tell(job, {"done": done, "total": total, "note": kept})
+        except Exception:  # the job matters more than what it says of itself
+            logger.exception("what job %d reported of its progress is lost", job.id)
 
 
 @dataclass(slots=True, eq=False)

@@ -7,11 +7,14 @@ import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
+import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pgqueue import Discard, PgQueue, Retry, current_job
+from pgqueue import Discard, PgQueue, Retry, current_job, isolation, progress, reporting
 
 pgq = PgQueue()
 
@@ -68,6 +71,61 @@ def takes(mib: int) -> int:
 
 @pgq.task(isolation="process", retry=ONCE, memory_limit=MIB)
 def starved() -> None: ...
+
+
+@pgq.task(isolation="process", retry=ONCE)
+def reports(go: str) -> None:
+    for done in range(3):
+        progress(done, 3, f"step {done}")
+    while not Path(go).exists():
+        time.sleep(0.005)
+    progress(3, 3)
+
+
+@pgq.task(isolation="process", retry=ONCE)
+async def reports_much(count: int) -> None:
+    for done in range(count):
+        progress(done + 1, count)
+
+
+@pgq.task(isolation="process", retry=ONCE)
+def patient(pid_file: str, go: str) -> str:
+    Path(pid_file).write_text(f"{os.getpid()}")
+    while not Path(go).exists():
+        time.sleep(0.005)
+    return "done"
+
+
+@pgq.task(isolation="process", retry=ONCE, timeout=30)
+def misbehaves(how: str) -> str:
+    job = current_job()
+    line = reporting.reporters[job.claimed_by].__self__  # type: ignore[attr-defined]
+    say = {
+        "no message": b"\xff\xfe{",
+        "speaks for another": isolation.message_of(
+            replace(job, claim_token=uuid.uuid4()), "Completed", {"result_json": '"another"'}
+        ),
+    }.get(how)
+    if say is not None:
+        line._send(say)
+    if how == "truncated":
+        line._worker.sendall((100).to_bytes(isolation.LENGTH_BYTES) + b"0123456789")
+        os._exit(0)
+    if how == "exits well":
+        os._exit(0)
+    if how == "closes its files":
+        os.closerange(3, 512)
+        time.sleep(60)
+    if how == "forks":
+        sys.warnoptions[:] = []
+        fork = os.fork()
+        if fork == 0:
+            return "the fork"
+        os.waitpid(fork, 0)
+        return "the task"
+    if how == "returns much":
+        return "x" * 100_000
+    return "as usual"
 
 
 @pgq.task

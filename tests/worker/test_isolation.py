@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,16 +15,40 @@ from typing import Any
 
 import isolated_tasks
 import pytest
-from isolated_tasks import crash, look, look_async, plain, starved, stuck, takes, waits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from isolated_tasks import (
+    crash,
+    look,
+    look_async,
+    misbehaves,
+    patient,
+    plain,
+    reports,
+    reports_much,
+    starved,
+    stuck,
+    takes,
+    waits,
+)
+from jobs import claim_one
 from support import python, wait_for
 from working import drain, enqueue, enqueue_many, events, wait_for_status, working
 
-from pgqueue import ConfigurationError, PgQueue, Worker
+from pgqueue import ConfigurationError, PgQueue, Worker, isolated, isolation, reporting
 
 
 @pytest.fixture
 def pgq(url: str) -> Iterator[PgQueue]:
     isolated_tasks.pgq.connect_to(url)
+    yield isolated_tasks.pgq
+    isolated_tasks.pgq.dispose()
+
+
+@pytest.fixture
+def on_sqlite(sqlite_url: str) -> Iterator[PgQueue]:
+    """For what has nothing to do with the database."""
+    isolated_tasks.pgq.connect_to(sqlite_url)
     yield isolated_tasks.pgq
     isolated_tasks.pgq.dispose()
 
@@ -36,6 +62,25 @@ def is_alive(pid: int) -> bool:
 
 def pids_in(path: Path) -> list[int]:
     return [int(pid) for pid in path.read_text().split()] if path.exists() else []
+
+
+def worker_program(folder: Path, url: str, run: str) -> Path:
+    program = folder / "worker_program.py"
+    program.write_text(
+        textwrap.dedent(f"""
+        import logging
+        import sys
+        sys.path[:] = {sys.path!r}
+        import isolated_tasks
+        from pgqueue import Worker
+        from pgqueue.supervisor import run_worker
+        if __name__ == "__main__":
+            logging.basicConfig(level=logging.INFO)
+            isolated_tasks.pgq.connect_to({url!r})
+            {run}
+        """)
+    )
+    return program
 
 
 def test_a_task_runs_in_another_process_which_is_used_again(pgq: PgQueue) -> None:
@@ -145,24 +190,346 @@ def test_a_task_that_takes_more_memory_than_it_may_fails_and_the_next_one_does_n
 def test_a_worker_that_is_killed_takes_its_processes_along(pgq: PgQueue, url: str, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     enqueue(waits, pid_file=str(pids))
-    program = tmp_path / "killed_worker.py"
-    program.write_text(
-        textwrap.dedent(f"""
-        import sys
-        sys.path[:] = {sys.path!r}
-        import isolated_tasks
-        from pgqueue import Worker
-        if __name__ == "__main__":
-            isolated_tasks.pgq.connect_to({url!r})
-            Worker(isolated_tasks.pgq).run()
-        """)
-    )
+    program = worker_program(tmp_path, url, "Worker(isolated_tasks.pgq).run()")
 
     with python(program) as worker:
         (pid,) = wait_for(lambda: pids_in(pids), "the task to run")
         assert is_alive(pid)
         worker.signal(signal.SIGKILL)
         wait_for(lambda: not is_alive(pid), "the process to end")
+
+
+# What a process says, and does not say ----------------------------------------------------------------------
+
+
+def test_what_a_task_reports_in_its_process_is_written_and_told_as_of_any_other(pgq: PgQueue, tmp_path: Path) -> None:
+    go, told = tmp_path / "go", []
+    job_id = enqueue(reports, go=str(go))
+
+    with pgq.on("job:progress", lambda event: told.append((event.job_id, event.progress))), working(pgq):
+        wait_for(lambda: (pgq.get_job(job_id).progress or {}).get("note") == "step 2", "the third report")
+        running = pgq.get_job(job_id).status
+        go.touch()
+        job = wait_for_status(pgq, job_id, "completed")
+        assert pgq._listeners.deliver(60)
+
+    assert running == "running"
+    last = {"done": 3, "total": 3, "note": None}
+    assert job.progress is not None
+    assert {**job.progress, **last} == job.progress
+    assert told[0] == (job_id, {"done": 0, "total": 3, "note": "step 0"})
+    assert told[-1] == (job_id, last)
+
+
+def test_of_very_many_reports_the_last_counts_and_few_are_sent(
+    on_sqlite: PgQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[Any] = []
+    report = isolation._report
+    monkeypatch.setattr(isolation, "_report", lambda job, content: (sent.append(content), report(job, content)))
+    job_id = enqueue(reports_much, count=20_000)
+
+    drain(on_sqlite)
+
+    progress = on_sqlite.get_job(job_id).progress
+    assert progress is not None
+    assert (progress["done"], progress["total"]) == (20_000, 20_000)
+    assert len(sent) < 200
+
+
+def test_rubbish_from_a_process_fails_its_own_job_alone(on_sqlite: PgQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolation, "EXIT_SECONDS", 0.2)
+    problems = {
+        "no message": "was killed by its worker: it sent what is no message before the task returned",
+        "truncated": "the process of the task exited with code 0 before the task returned",
+        "exits well": "the process of the task exited with code 0 before the task returned",
+        "closes its files": "hung up on its worker, which killed it, before the task returned",
+    }
+    bad = {how: enqueue(misbehaves, how=how) for how in problems}
+    good = enqueue(look)
+
+    report = drain(on_sqlite, queues={"default": 2})
+
+    errors = {how: on_sqlite.get_job(job_id).error or {} for how, job_id in bad.items()}
+    assert {error["type"] for error in errors.values()} == {"pgqueue.errors.ProcessDied"}
+    assert [how for how in problems if problems[how] not in errors[how]["message"]] == []
+    assert on_sqlite.get_job(good).status == "completed"
+    assert (report.completed, report.dead, report.lost) == (1, 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("message", "problem"),
+    [
+        (b"\xff\xfe{", "what is no message"),
+        (b"", "what is no message"),
+        (b"7", "what is no message"),
+        (b"[1, 2]", "what is no message"),
+        (b"[" * 200_000, "what is no message"),
+        (b'["claim", "Nothing", {}]', "an outcome that there is not"),
+        (b'["claim", ["Completed"], {}]', "an outcome that there is not"),
+        (b'["claim", "Released", {"reason": "so"}]', "an outcome that there is not"),
+        (b'["claim", "Completed", {"result_json": [5]}]', "an outcome that cannot be read"),
+        (b'["claim", "Snoozed", {"delay_seconds": "soon", "reason": "so"}]', "an outcome that cannot be read"),
+        (b'["claim", "Failed", null]', "an outcome that cannot be read"),
+    ],
+)
+def test_a_message_that_cannot_be_is_refused(message: bytes, problem: str) -> None:
+    with pytest.raises(isolation._Rubbish, match=problem):
+        isolation.decoded(*isolation.opened(message)[1:])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        [],
+        {},
+        {"done": "much", "total": None, "note": None},
+        {"done": float("inf"), "total": None, "note": None},
+        {"done": 1, "total": True, "note": None},
+        {"done": 1, "total": 2, "note": ["a"]},
+    ],
+)
+def test_a_report_that_cannot_be_is_refused(on_sqlite: PgQueue, content: Any) -> None:
+    enqueue(look)
+
+    with pytest.raises(isolation._Rubbish, match="progress that cannot be read"):
+        isolation._report(claim_one(on_sqlite), content)
+
+
+def test_a_message_that_is_announced_as_endless_is_not_read() -> None:
+    with pytest.raises(isolation._Rubbish, match=r"it announced a message of 4,611,686,018,427,387,904 bytes"):
+        isolation.receive(lambda count: (2**62).to_bytes(count))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=200), st.data())
+def test_a_message_arrives_in_whatever_pieces(message: bytes, data: st.DataObject) -> None:
+    stream = len(message).to_bytes(isolation.LENGTH_BYTES) + message + b"the next one"
+
+    def read(count: int) -> bytes:
+        nonlocal stream
+        size = data.draw(st.integers(1, count))
+        piece, stream = stream[:size], stream[size:]
+        return piece
+
+    assert isolation.receive(read) == message
+    assert stream == b"the next one"
+
+
+@pytest.mark.parametrize(("how", "result"), [("speaks for another", "as usual"), ("forks", "the task")])
+def test_a_process_speaks_for_no_job_but_its_own(on_sqlite: PgQueue, how: str, result: str) -> None:
+    ids = [enqueue(misbehaves, how=how), enqueue(misbehaves, how="nothing")]
+
+    drain(on_sqlite, queues={"default": 1})
+
+    assert [(on_sqlite.get_job(job_id).status, on_sqlite.get_job(job_id).result) for job_id in ids] == [
+        ("completed", result),
+        ("completed", "as usual"),
+    ]
+
+
+def test_a_worker_takes_no_larger_message_than_it_wants(on_sqlite: PgQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolation, "MESSAGE_BYTES_MAX", 10_000)
+    bad, good = enqueue(misbehaves, how="returns much"), enqueue(look)
+
+    drain(on_sqlite, queues={"default": 1})
+
+    assert "it announced a message of 100," in on_sqlite.get_job(bad).error["message"]  # type: ignore[index]
+    assert on_sqlite.get_job(good).status == "completed"
+
+
+@pytest.mark.parametrize(("how", "reason"), [("returns much", "larger than 10,000 bytes"), ("nothing", None)])
+def test_a_process_does_not_send_what_its_worker_would_not_take(
+    on_sqlite: PgQueue, monkeypatch: pytest.MonkeyPatch, how: str, reason: str | None
+) -> None:
+    monkeypatch.setattr(isolated, "MESSAGE_BYTES_MAX", 10_000)
+    ours, theirs = socket.socketpair()
+    enqueue(misbehaves, how=how)
+    job = claim_one(on_sqlite)
+    asked = {"module": "isolated_tasks", "qualname": "misbehaves", "memory_limit": None}
+
+    with ours, theirs, monkeypatch.context() as reporters:
+        line = isolated.Line(theirs)
+        reporters.setitem(reporting.reporters, job.claimed_by, line.report)
+        claim, _, content = isolation.opened(isolated.outcome_of_job(line, job, asked))
+
+    assert claim == str(job.claim_token)
+    assert (reason or "") in content.get("reason", "")
+    assert ("result_json" in content) is (reason is None)
+
+
+def test_a_job_is_not_charged_for_what_became_of_its_process_before(
+    on_sqlite: PgQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = enqueue(look), enqueue(look)
+    run = isolation.Processes.run
+
+    def run_and_kill(self: isolation.Processes, *arguments: Any) -> Any:
+        outcome = run(self, *arguments)
+        with monkeypatch.context() as unseen:  # it dies just after one has looked
+            unseen.setattr(isolation._Child, "has_died", lambda child: False)
+            for child in self._idle:
+                os.kill(child._process.pid, signal.SIGKILL)
+        return outcome
+
+    take = isolation.Processes._take
+
+    def take_unseen(self: isolation.Processes) -> Any:
+        with monkeypatch.context() as unseen:
+            unseen.setattr(isolation._Child, "has_died", lambda child: False)
+            return take(self)
+
+    monkeypatch.setattr(isolation.Processes, "run", run_and_kill)
+    monkeypatch.setattr(isolation.Processes, "_take", take_unseen)
+
+    report = drain(on_sqlite, queues={"default": 1})
+
+    assert [(on_sqlite.get_job(job_id).status, on_sqlite.get_job(job_id).attempt) for job_id in (first, second)] == [
+        ("completed", 1),
+        ("completed", 1),
+    ]
+    assert (report.completed, report.retried) == (2, 0)
+
+
+def test_whatever_goes_wrong_with_a_process_the_slot_goes_on(
+    on_sqlite: PgQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, good = enqueue(look), enqueue(plain)
+
+    def broken(self: isolation.Processes) -> Any:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(isolation.Processes, "_take", broken)
+
+    drain(on_sqlite, queues={"default": 1})
+
+    assert on_sqlite.get_job(bad).error["type"] == "RuntimeError"  # type: ignore[index]
+    assert on_sqlite.get_job(good).status == "completed"
+
+
+def test_a_job_that_is_lost_while_its_process_starts_is_not_begun(
+    on_sqlite: PgQueue, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    job_id = enqueue(waits, pid_file=str(tmp_path / "pids"))
+    take, starting, started = isolation.Processes._take, threading.Event(), threading.Event()
+
+    def slow(self: isolation.Processes) -> Any:
+        starting.set()
+        assert started.wait(60)
+        return take(self)
+
+    monkeypatch.setattr(isolation.Processes, "_take", slow)
+
+    with working(on_sqlite, lease=1.0) as worker:
+        assert starting.wait(60)
+        on_sqlite.cancel(job_id, force=True)
+        wait_for(lambda: worker.report.lost, "the worker to see that it lost the job")
+        started.set()
+        wait_for(lambda: worker._slots["default"].running == 0, "its slot to be free")
+
+    assert not (tmp_path / "pids").exists()
+
+
+def test_processes_leave_nothing_behind(on_sqlite: PgQueue) -> None:
+    def left() -> tuple[int, int, set[str]]:
+        children = {
+            pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()
+        }
+        return len(os.listdir("/proc/self/fd")), threading.active_count(), children
+
+    drain(on_sqlite)  # what is made once
+    files, threads, children = left()
+    for how in ("exit", "raises"):
+        enqueue(crash, how=how)
+    enqueue(misbehaves, how="no message")
+    enqueue_many(look, 200)
+
+    drain(on_sqlite, queues={"default": 2})
+
+    assert left() == (files, threads, children)
+
+
+def test_ctrl_c_at_a_terminal_lets_an_isolated_task_end(on_sqlite: PgQueue, sqlite_url: str, tmp_path: Path) -> None:
+    pids, go = tmp_path / "pids", tmp_path / "go"
+    job_id = enqueue(patient, pid_file=str(pids), go=str(go))
+    program = worker_program(tmp_path, sqlite_url, "run_worker(Worker(isolated_tasks.pgq))")
+
+    with python(program) as worker:
+        wait_for(lambda: pids_in(pids), "the task to run")
+        os.killpg(os.getpgid(worker.pid), signal.SIGINT)  # as the terminal does: to all in its foreground
+        wait_for(lambda: "stopping" in worker.output(), "the worker to stop")
+        assert is_alive(pids_in(pids)[0])
+        go.touch()
+        assert worker.wait() == 0
+
+    assert on_sqlite.get_job(job_id).result == "done"
+
+
+# Other systems ---------------------------------------------------------------------------------------------
+
+
+def test_where_processes_cannot_be_started_a_worker_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolation, "IS_POSIX", False)
+
+    with pytest.raises(ConfigurationError, match='isolation="process", which needs Linux or another POSIX system'):
+        Worker(isolated_tasks.pgq)
+
+
+def test_where_memory_is_not_limited_a_worker_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(isolation, "IS_LINUX", False)
+    monkeypatch.setattr(isolated, "IS_LINUX", False)
+    monkeypatch.setattr("resource.setrlimit", unsupported)
+
+    Worker(isolated_tasks.pgq)
+    with isolated.limited(2**62):
+        pass
+
+    assert "the memory_limit of task takes may not be kept" in caplog.text
+
+
+def unsupported(*_: object) -> None:
+    raise ValueError("current limit exceeds maximum limit")
+
+
+@pytest.mark.parametrize("how", ["exit", "kill"])
+def test_where_one_cannot_look_without_reaping_a_crash_is_seen_all_the_same(
+    on_sqlite: PgQueue, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.delattr(os, "waitid")
+    bad, good = enqueue(crash, how=how), enqueue(look)
+
+    drain(on_sqlite, queues={"default": 1})
+
+    assert on_sqlite.get_job(bad).error["type"] == "pgqueue.errors.ProcessDied"  # type: ignore[index]
+    assert "before the task returned" in on_sqlite.get_job(bad).error["message"]  # type: ignore[index]
+    assert "hung up" not in on_sqlite.get_job(bad).error["message"]  # type: ignore[index]
+    assert on_sqlite.get_job(good).status == "completed"
+
+
+def test_where_the_system_does_not_tell_a_process_looks_whether_its_worker_lives(tmp_path: Path) -> None:
+    child, worker = tmp_path / "child.py", tmp_path / "worker.py"
+    child.write_text(
+        "import os, sys, time\n"
+        "from pgqueue import isolated\n"
+        "isolated.IS_LINUX, isolated.WATCH_SECONDS = False, 0.01\n"
+        "isolated.end_with(int(sys.argv[1]))\n"
+        "print(os.getpid(), flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    worker.write_text(
+        "import os, subprocess, sys, time\n"
+        f"subprocess.Popen([sys.executable, {str(child)!r}, str(os.getpid())], start_new_session=True)\n"
+        "time.sleep(60)\n"
+    )
+
+    with python(worker) as process:
+        pid = int(wait_for(process.output, "the child to start"))
+        assert is_alive(pid)
+        process.signal(signal.SIGKILL)
+        wait_for(lambda: not is_alive(pid), "the child to end")
 
 
 # Bad input -------------------------------------------------------------------------------------------------
