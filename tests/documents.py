@@ -69,8 +69,18 @@ def _first_table(lines: Iterator[str]) -> Iterator[str]:
 
 def is_simple(command: str) -> bool:
     """Whether the command is one Python program that needs no shell."""
-    words = shlex.split(command)
+    _, words = without_assignments(command)
     return words[0] in PROGRAMS and words[1] != "-c" and not {"|", "||", "&&", ">"} & set(words)
+
+
+def without_assignments(command: str) -> tuple[dict[str, str], list[str]]:
+    """The variables that are set in front of a command, and its words. `pytest` is a module of Python."""
+    words = shlex.split(command, comments=True)
+    variables = {}
+    while re.match(r"[A-Z_]+=", words[0]):
+        name, _, value = words.pop(0).partition("=")
+        variables[name] = value
+    return variables, ["python", "-m", *words] if words[0] == "pytest" else words
 
 
 class Reader:
@@ -98,7 +108,8 @@ class Reader:
         return done.stdout
 
     def _run_simple(self, command: str) -> subprocess.CompletedProcess[str]:
-        return self._forks.run(shlex.split(command), cwd=self.folder, environ=self.environ)
+        variables, words = without_assignments(command)
+        return self._forks.run(words, cwd=self.folder, environ={**self.environ, **variables})
 
     def _run_in_shell(self, command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -144,7 +144,7 @@ def test_the_container_of_the_tutorial_starts_a_worker_of_this_version() -> None
 
     assert program == "pgqueue"
     assert parsed(arguments)["queue"] == ["default=4", "mail=20"]
-    assert f"pgqueue[binary]=={pgqueue.__version__}'" in block.text
+    assert f" /wheels/pgqueue-{pgqueue.__version__}-py3-none-any.whl " in block.text
 
 
 def test_the_commands_of_the_page_about_speed_are_understood() -> None:
