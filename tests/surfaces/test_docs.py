@@ -118,6 +118,16 @@ def folder_of(tmp_path: Path) -> Path:
     return folder
 
 
+def test_every_link_leads_to_a_file_in_the_project_too() -> None:
+    """Those who read the pages without the site; the site's own build checks the links there."""
+    made_by_the_site = DOCS / "reference" / "commands.md"
+
+    for page in DOCS.rglob("*.md"):
+        for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text()):
+            path = (page.parent / link).resolve()
+            assert path.exists() or path == made_by_the_site, f"{page.name}: {link}"
+
+
 # Files of other programs -----------------------------------------------------------------------------------
 
 
