@@ -6,9 +6,9 @@ computation of a library) goes on until that returns; meanwhile its slot stays t
 
 That exception must never reach the worker's own code or the next job of the same slot. Therefore each attempt has one
 token. Either the clock takes it, and only then raises, once; or the slot takes it when the function has returned, and
-nothing will be raised. A slot that finds the token gone waits until the clock has raised, and withdraws an exception
-that was not delivered yet. No locks are held there: an exception that arrives between two bytecodes could leave one
-locked for ever.
+nothing will be raised. (What runs of pgqueue within the function takes it for a while: see `shield`.) A slot that finds
+the token gone waits until the clock has raised, and withdraws an exception that was not delivered yet. No locks are
+held there: an exception that arrives between two bytecodes could leave one locked for ever.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from pgqueue.job import ClaimedJob
+from pgqueue.shield import SPIN_SECONDS, Interruptible, running
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +33,6 @@ GRACE_SECONDS = 1.0
 #: How soon the clock looks again at an attempt that was just beginning when its time was over.
 SOON_SECONDS = 0.005
 
-#: What a slot waits between two looks whether the clock has raised: that takes microseconds.
-SPIN_SECONDS = 0.0002
-
 
 class AttemptTimeout(TimeoutError):
     """Raised in a `def` task whose time is over. Whatever the task does with it, its attempt has failed."""
@@ -43,16 +41,16 @@ class AttemptTimeout(TimeoutError):
         super().__init__(*(arguments or ("the attempt took longer than its timeout",)))
 
 
-class _Attempt:
-    """One run of a function in a slot's thread."""
+class _Attempt(Interruptible):
+    """One run of a function in a slot's thread. Its token is there while the function runs, its time is not over, and
+    no code of pgqueue's own is shielded."""
 
     def __init__(self, job: ClaimedJob, deadline: float, expired: Callable[[], None]) -> None:
+        super().__init__()
         self.job = job
         self.deadline = deadline  #: monotonic
         self.expired = expired
         self.thread_id = threading.get_ident()
-        self.token: list[None] = []  #: holds one while the function runs and its time is not over
-        self.has_raised = False  #: the clock took the token and raised
         self.is_over = False
         self.is_reported = False
 
@@ -76,6 +74,7 @@ class Deadlines:
         attempt = _Attempt(job, time.monotonic() + seconds, expired)
         self._watch(attempt)
         result: T | None = None
+        running.interruptible = attempt
         try:
             try:
                 attempt.token.append(None)  # from here on the exception may come, once
@@ -84,6 +83,7 @@ class Deadlines:
                 self._end(attempt)
         except AttemptTimeout:
             self._end(attempt)  # it came on the way back from the function; it does not come again
+        running.interruptible = None
         attempt.is_over = True
         self._attempts.pop(attempt, None)
         if attempt.has_raised:
@@ -154,7 +154,7 @@ class Deadlines:
         try:
             attempt.token.pop()
         except IndexError:
-            return now + SOON_SECONDS  # not begun, or just over
+            return now + SOON_SECONDS  # not begun, shielded, or just over
         try:
             attempt.expired()
         except Exception:

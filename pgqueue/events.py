@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 #: What may wait for one listener: so many events, or fewer with large payloads.
 BACKLOG_MAX = 10_000
 
-#: So many characters of payload count as one event more.
+#: So many characters of payload, result, error and so on count as one event more.
 CHARACTERS_PER_EVENT = 4_096
 
 #: How long the end of a worker, or of the process, waits for listeners.
@@ -199,6 +199,7 @@ class Subscription:
         self._busy = False
         self._ended = False
         self._resting = False
+        self._start_failed = False
         self._thread: threading.Thread | None = None
 
     def __call__(self) -> None:
@@ -236,15 +237,13 @@ class Subscription:
             self._resting = False
             for event in chosen:
                 weight = _weight(event)
-                if self._weight + weight > BACKLOG_MAX:
+                if self._waiting and self._weight + weight > BACKLOG_MAX:
                     self.dropped += 1
                 else:
                     self._weight += weight
                     self._waiting.append(event)
             if self._thread is None:
-                name = f"pgqueue-listener-{_name_of(self._function)}"
-                self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-                self._thread.start()
+                self._start()
             self._changed.notify_all()
         if self.dropped and not dropped_before:
             logger.warning(
@@ -253,6 +252,17 @@ class Subscription:
                 _name_of(self._function),
                 BACKLOG_MAX,
             )
+
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._run, name=f"pgqueue-listener-{_name_of(self._function)}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads, or the interpreter is ending; it is tried again at the next event
+            if not self._start_failed:
+                self._start_failed = True
+                logger.warning("the listener %s gets no thread, so it hears nothing now", _name_of(self._function))
+        else:
+            self._thread = thread
 
     def _run(self) -> None:
         with asyncio.Runner() as runner:
@@ -306,7 +316,7 @@ class Subscription:
         with self._changed:
             while self._waiting or self._busy:
                 left = deadline - time.monotonic()
-                if left <= 0:
+                if left <= 0 or self._thread is None:
                     return False
                 self._changed.wait(left)
         return True
@@ -317,7 +327,12 @@ async def _awaited(answer: Any) -> None:
 
 
 def _weight(event: JobEvent) -> int:
-    return 1 + (len(event.payload_json) + len(event.result_json or "")) // CHARACTERS_PER_EVENT
+    characters = len(event.payload_json) + len(event.metadata_json) + len(event.result_json or "")
+    if event.error is not None:
+        characters += len(event.error.message) + len(event.error.traceback)
+    if event.progress is not None:
+        characters += len(event.progress.get("note") or "")
+    return 1 + characters // CHARACTERS_PER_EVENT
 
 
 def _name_of(function: object) -> str:

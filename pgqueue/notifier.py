@@ -68,8 +68,12 @@ class WakeSender:
             if not committed:
                 self._not_before = time.monotonic() + COMMIT_GRACE_SECONDS
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="pgqueue-wake", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="pgqueue-wake", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # no more threads, or the interpreter is ending; workers poll
+                    return
+                self._thread = thread
                 if not self._flushes_at_exit:
                     self._flushes_at_exit = True
                     atexit.register(self._flush)

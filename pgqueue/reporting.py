@@ -14,6 +14,7 @@ from typing import Any
 from pgqueue.errors import ConfigurationError
 from pgqueue.executor import clean, current_job
 from pgqueue.job import ClaimedJob
+from pgqueue.shield import shielded
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +50,11 @@ def report(job: ClaimedJob, done: Any, total: Any, note: Any) -> None:
     tell = reporters.get(job.claimed_by)
     if tell is not None:
         kept = None if note is None else clean(note, NOTE_CHARACTERS_MAX)
-        try:
-            tell(job, {"done": done, "total": total, "note": kept})
-        except Exception:  # the job matters more than what it says of itself
-            logger.exception("what job %d reported of its progress is lost", job.id)
+        with shielded():
+            try:
+                tell(job, {"done": done, "total": total, "note": kept})
+            except Exception:  # the job matters more than what it says of itself
+                logger.exception("what job %d reported of its progress is lost", job.id)
 
 
 @dataclass(slots=True, eq=False)

@@ -7,7 +7,7 @@ import logging
 import time
 import warnings
 import weakref
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from typing import Any, Generic, TypeVar
 
 import sqlalchemy as sa
@@ -18,6 +18,7 @@ from sqlalchemy.util import await_only
 
 from pgqueue.errors import NotAwaited, WrongSession
 from pgqueue.job import Job
+from pgqueue.shield import shielded
 
 logger = logging.getLogger(__name__)
 
@@ -179,20 +180,25 @@ def _connection_rolls_back_twophase(connection: sa.Connection, xid: Any, is_prep
 
 
 def _send(wakes: dict[Wake, set[str]], *, committed: bool) -> None:
-    due = list(wakes.items())
-    wakes.clear()
-    for wake, queues in due:
-        try:
-            wake(queues, committed)
-        except Exception:  # the jobs are stored; nothing about a hint may fail the commit
-            logger.exception("the wake-up for queues %s failed; their workers will find the jobs by polling", queues)
+    if not wakes:
+        return
+    with shielded():
+        due = list(wakes.items())
+        wakes.clear()
+        for wake, queues in due:
+            try:
+                wake(queues, committed)
+            except Exception:  # the jobs are stored; nothing about a hint may fail the commit
+                logger.exception(
+                    "the wake-up for queues %s failed; their workers will find the jobs by polling", queues
+                )
 
 
 def tell_after_commit(connection: sa.Connection, tell: Callable[[], None]) -> None:
     """Call `tell` once what was done on this connection until now is committed; never when it is rolled back, not even
     to a savepoint. Unlike a wake-up it is no hint: it happens after the commit, exactly then, and once."""
     if _commits_by_itself(connection):
-        tell()
+        _tell([tell])
         return
     told = _connection_tells.get(connection)
     if told is None:
@@ -226,8 +232,7 @@ class _Tells:
             due = list(self.waiting)
             self._forget()
             commit(*arguments)
-            for tell in due:
-                tell()
+            _tell(due)
 
         return commit_and_tell
 
@@ -246,6 +251,16 @@ class _Tells:
     def _forget_since(self, savepoint: str) -> None:
         # All of it, when the savepoint is older than what is waiting.
         del self.waiting[self._savepoints.get(savepoint, 0) :]
+
+
+def _tell(due: Sequence[Callable[[], None]]) -> None:
+    """After a commit: nothing that goes wrong may look as if that had failed."""
+    with shielded():
+        for tell in due:
+            try:
+                tell()
+            except Exception:
+                logger.exception("listeners could not be told of what was just committed")
 
 
 # A coroutine that was forgotten ----------------------------------------------------------------------------

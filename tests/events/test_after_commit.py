@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from support import wait_for
 
 from pgqueue import JobEvent, PgQueue, Task
 from pgqueue.engine import make_async_engine, parse_url
+from pgqueue.events import Listeners
 
 
 @pytest.fixture
@@ -194,6 +196,90 @@ def test_an_autocommitting_connection_is_told_of_at_once(pg: PgQueue) -> None:
         work.enqueue(connection, n=1)
 
         assert numbers(pg, heard) == [1]
+
+
+def test_a_connection_that_broke_in_its_transaction_has_nothing_to_tell(
+    pgq: PgQueue, engine: sa.Engine, work: Task[..., Any], heard: list[JobEvent]
+) -> None:
+    with engine.connect() as connection:
+        work.enqueue(connection, n=1)
+        connection.invalidate()
+        connection.rollback()
+        work.enqueue(connection, n=2)
+        connection.commit()
+
+    assert numbers(pgq, heard) == [2]
+
+
+def test_a_commit_in_two_phases_is_told_of_after_the_second(pg: PgQueue) -> None:
+    heard: list[JobEvent] = []
+    pg.on("job:enqueued", heard.append)
+
+    @pg.task
+    def work(n: int) -> None: ...
+
+    with pg.engine.connect() as connection:
+        for n, ends in enumerate(("commit", "rollback", "commit")):
+            transaction = connection.begin_twophase()
+            work.enqueue(connection, n=n)
+            transaction.prepare()
+            before = numbers(pg, heard)
+            assert n not in before
+            getattr(transaction, ends)()
+
+    assert numbers(pg, heard) == [0, 2]
+
+
+def test_whatever_goes_wrong_with_telling_the_commit_has_succeeded(
+    pgq: PgQueue,
+    engine: sa.Engine,
+    work: Task[..., Any],
+    heard: list[JobEvent],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a defect")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Listeners, "tell", fail)
+        with Session(engine) as session, session.begin():
+            work.enqueue(session, n=1)
+    with Session(engine) as session, session.begin():
+        work.enqueue(session, n=2)
+
+    assert numbers(pgq, heard) == [2]
+    assert len(pgq.list_jobs()) == 2
+    assert "could not be told" in caplog.text
+
+
+def test_a_listener_that_gets_no_thread_hears_of_it_once_it_gets_one(
+    pgq: PgQueue,
+    engine: sa.Engine,
+    work: Task[..., Any],
+    heard: list[JobEvent],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("pgqueue"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", refuse)
+        for n in (1, 2):
+            with Session(engine) as session, session.begin():
+                work.enqueue(session, n=n)
+        assert not pgq._listeners.deliver(5.0)  # at once: nobody will
+    with Session(engine) as session, session.begin():
+        work.enqueue(session, n=3)
+
+    assert numbers(pgq, heard) == [1, 2, 3]
+    assert caplog.text.count("gets no thread") == 1
+    assert "went out" not in caplog.text
 
 
 def test_a_job_that_a_unique_key_kept_out_is_not_told_of(

@@ -6,6 +6,8 @@ import asyncio
 import logging
 import threading
 import time
+import uuid
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from working import Gate, drain, enqueue, seize, wait_for_status, working
 
 from pgqueue import (
     Cancel,
+    ClaimedJob,
     ConfigurationError,
     Discard,
     JobEvent,
@@ -26,6 +29,7 @@ from pgqueue import (
     WorkerConfig,
     events,
 )
+from pgqueue.job import ErrorInfo
 
 
 class Ear:
@@ -505,6 +509,52 @@ def test_large_payloads_count_for_more_in_a_backlog(pgq: PgQueue, monkeypatch: p
         enqueue(work, text="x" * 10 * events.CHARACTERS_PER_EVENT)
 
     assert subscription.dropped == 3
+    gate.open()
+    subscription()
+
+
+def claimed(**changes: Any) -> ClaimedJob:
+    moment = datetime(2026, 1, 1, tzinfo=UTC)
+    given: dict[str, Any] = {"id": 1, "queue": "default", "task": "work", "payload_json": "{}", "priority": 0}
+    given |= {"run_at": moment, "attempt": 1, "retries": 0, "max_retries": 3, "claimed_by": "worker-1"}
+    given |= {"claim_token": uuid.uuid4(), "created_at": moment, "metadata_json": "{}"}
+    return ClaimedJob(**(given | changes))
+
+
+def test_an_event_larger_than_the_backlog_is_heard_by_a_listener_that_has_nothing_else_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(events, "BACKLOG_MAX", 10)
+    listeners, heard = events.Listeners(), list[str]()
+    subscription = listeners.add("job:completed", lambda event: heard.append(event.name), task=None, queue=None)
+    job = claimed(payload_json="x" * 20 * events.CHARACTERS_PER_EVENT)
+
+    for _ in range(3):
+        listeners.tell([events.event_of(events.EventName.COMPLETED, job)])
+        assert listeners.deliver(60)
+
+    assert (heard, subscription.dropped) == (["job:completed"] * 3, 0)
+    subscription()
+
+
+@pytest.mark.parametrize("what", ["payload", "metadata", "result", "error", "progress"])
+def test_whatever_is_large_of_an_event_counts_in_a_backlog(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    monkeypatch.setattr(events, "BACKLOG_MAX", 10)
+    listeners, gate = events.Listeners(), Gate()
+    subscription = listeners.add("job:failed", lambda event: gate.pass_through(), task=None, queue=None)
+    text = "x" * 4 * events.CHARACTERS_PER_EVENT
+    job = claimed(**({f"{what}_json": text} if what in ("payload", "metadata") else {}))
+    large: dict[str, Any] = {
+        "error": {"error": ErrorInfo("ValueError", "", text)},
+        "result": {"result_json": text},
+        "progress": {"progress": {"done": 1, "total": 2, "note": text}},
+    }.get(what, {})
+    listeners.tell([events.event_of(events.EventName.FAILED, job)])
+    wait_for(lambda: gate.inside, "the listener")
+
+    listeners.tell(events.event_of(events.EventName.FAILED, job, **large) for _ in range(10))
+
+    assert subscription.dropped == 8
     gate.open()
     subscription()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import audit
@@ -16,8 +16,10 @@ from sqlalchemy.orm import Session
 from support import execute, scalar, wait_for
 from working import Gate, drain, enqueue, enqueue_many, events, statuses, table, wait_for_status, working
 
-from pgqueue import PgQueue, Retry, current_job, deadlines
+from pgqueue import PgQueue, Retry, current_job, deadlines, progress, reporting
 from pgqueue.deadlines import AttemptTimeout, Deadlines
+from pgqueue.events import Subscription
+from pgqueue.shield import shielded
 
 AT_ONCE = Retry(max_retries=1, backoff="constant", base=0, jitter=False)
 
@@ -77,6 +79,29 @@ def test_what_a_task_does_with_the_exception_changes_nothing(pgq: PgQueue, how: 
 
     job = pgq.get_job(job_id)
     assert (job.status, job.result, job.error["type"]) == ("dead", None, "TimeoutError")  # type: ignore[index]
+
+
+def test_the_exception_comes_once_so_that_nested_blocks_of_finally_run_to_their_end(pgq: PgQueue) -> None:
+    cleaned: list[str] = []
+
+    @pgq.task(timeout=0.02, retry=Retry(max_retries=0))
+    def tidy() -> None:
+        try:
+            try:
+                spin(60)
+            finally:
+                spin(0.1)
+                cleaned.append("inner")
+        finally:
+            spin(0.1)
+            cleaned.append("outer")
+
+    enqueue(tidy)
+
+    drain(pgq)
+
+    assert cleaned == ["inner", "outer"]
+    assert statuses(pgq) == {"dead": 1}
 
 
 def test_a_thread_that_is_stuck_keeps_its_slot_but_not_its_job(
@@ -213,6 +238,101 @@ def test_the_exception_strikes_within_the_function_or_not_at_all(pgq: PgQueue) -
 
     assert min(ended.values()) > 0, ended
     assert len(set(expired)) == len(expired)
+
+
+@pytest.mark.parametrize("work", ["progress", "commit"])
+def test_what_pgqueue_does_in_the_tasks_thread_is_not_torn_by_the_timeout(
+    pgq: PgQueue, monkeypatch: pytest.MonkeyPatch, work: str
+) -> None:
+    whole: list[str] = []
+
+    def slowly(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            spin(0.2)  # until long after the timeout
+            result = function(*arguments)
+            whole.append("done")
+            return result
+
+        return run
+
+    monkeypatch.setattr(reporting.Reports, "put", slowly(reporting.Reports.put))
+    monkeypatch.setattr(Subscription, "_offer", slowly(Subscription._offer))
+    later = pgq.external_task("later")
+
+    @pgq.task(timeout=0.1, retry=Retry(max_retries=0))
+    def slow() -> None:
+        if work == "progress":
+            progress(1, 2)
+        else:
+            with pgq.begin() as connection:
+                later.enqueue(connection)
+        spin(60)
+
+    heard: list[str] = []
+    job_id = enqueue(slow)
+    pgq.on("job:enqueued", lambda event: heard.append(event.task))
+
+    drain(pgq)
+
+    assert whole == ["done"]
+    assert pgq.get_job(job_id).error["type"] == "TimeoutError"  # type: ignore[index]
+    assert ((pgq.get_job(job_id).progress or {}).get("done"), heard) == (
+        (1, []) if work == "progress" else (None, ["later"])
+    )
+
+
+def test_a_task_that_has_caught_its_timeout_can_still_report_and_enqueue(pgq: PgQueue) -> None:
+    later = pgq.external_task("later")
+    went_on: list[bool] = []
+
+    @pgq.task(timeout=0.05, retry=Retry(max_retries=0))
+    def stubborn() -> None:
+        try:
+            spin(60)
+        except TimeoutError:
+            progress(1, 2)
+            with pgq.begin() as connection:
+                later.enqueue(connection)
+            went_on.append(True)
+
+    enqueue(stubborn)
+
+    drain(pgq)
+
+    assert went_on == [True]
+    assert statuses(pgq) == {"dead": 1, "pending": 1}
+
+
+def test_sections_that_are_shielded_hold_back_the_exception_until_the_outermost_ends(pgq: PgQueue) -> None:
+    with pgq.begin() as connection:
+        pgq.external_task("work").enqueue(connection)
+    job = claim_one(pgq)
+    clock = Deadlines()
+    reached: list[str] = []
+
+    def function() -> str:
+        with shielded():
+            with shielded():
+                spin(0.05)
+            reached.append("the inner end")
+            spin(0.05)
+            reached.append("the outer end")
+        spin(60)
+        return "done"
+
+    def stopped() -> str:
+        try:
+            return function()
+        except AttemptTimeout:
+            return "stopped"
+
+    results = [clock.run(job, 0.01, stopped, expired=lambda: reached.append("expired")) for _ in range(3)]
+    with shielded():  # outside of an attempt it does nothing
+        spin(0.02)
+    clock.stop()
+
+    assert results == [None] * 3
+    assert reached == ["the inner end", "the outer end", "expired"] * 3
 
 
 def test_no_other_job_of_the_same_slots_is_touched(pgq: PgQueue) -> None:
