@@ -451,7 +451,7 @@ def _workers(metadata: sa.MetaData, prefix: str) -> sa.Table:
         sa.Column("tasks", JSONDocument, nullable=False, comment="names of the tasks it knows"),
         sa.Column("started_at", UTCDateTime, nullable=False, server_default=now(), comment="when it began to work"),
         sa.Column("heartbeat_at", UTCDateTime, nullable=False, server_default=now(), comment="last sign of life"),
-        comment="pgqueue: workers for people to look at; no decision depends on this table",
+        comment="pgqueue: workers for people to look at; no promise depends on this table",
     )
 
 

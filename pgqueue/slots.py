@@ -6,6 +6,7 @@ done takes the next job from the buffer by itself; nothing in between but a lock
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -23,6 +24,17 @@ CLAIM_JOBS_MAX = 2_000
 
 #: How much the newest run time counts in the running average.
 RUN_TIME_WEIGHT = 0.05
+
+#: A job that has waited in the buffer for so long, and is not about to start, is better off with another worker.
+#: The buffer is looked at so often.
+OVERDUE_SECONDS = 0.04
+
+#: What will start within this time stays.
+SOON_SECONDS = 0.1
+
+#: Asking whether others may be free takes this share of the time at most, judged by the quickest of so many answers.
+ASK_SHARE = 0.05
+ASKS_JUDGED = 3
 
 
 class JobRunner(Protocol):
@@ -55,7 +67,8 @@ class Slots:
     def __init__(self, worker: JobRunner, name: str, count: int, prefetch: int | None) -> None:
         self.name = name
         self.looks_empty_until = 0.0  #: monotonic; the last claim found fewer jobs than asked for
-        self.started = 0  #: jobs taken in so far
+        self.found_all_at = 0.0  #: monotonic; when a claim last found as many jobs as it asked for
+        self.started = 0  #: jobs taken in so far, and not given back unstarted
         self._worker = worker
         self._count = count
         self._prefetch = prefetch
@@ -67,6 +80,10 @@ class Slots:
         self._run_seconds: float | None = None
         self._low = 0  # with so few jobs left in the buffer, more are asked for
         self._asked = False  # for more jobs, since the last ones came
+        self._last_began = 0.0  # monotonic; when a slot last began a job
+        self._ask_at = 0.0  # monotonic; whether other workers may be free is not asked before
+        self._asks_took = deque([0.0], maxlen=ASKS_JUDGED)  # seconds
+        self._looked: tuple[float, int, int] | None = None  # when, how many had left the buffer, how many were in it
         self._closed = False
 
     @property
@@ -76,7 +93,9 @@ class Slots:
     def wanted(self) -> int:
         """How many jobs to claim now; 0 while the buffer is full enough."""
         with self._lock:
-            ahead = self._ahead()
+            # Nothing ahead of slots that all have been busy with long jobs since, whatever was measured before.
+            stuck = self._free == 0 and time.monotonic() - self._last_began >= PREFETCH_SECONDS
+            ahead = 0 if stuck and self._prefetch is None else self._ahead()
             if self._closed or (self._free == 0 and len(self._buffer) > ahead // 2):
                 return 0
             return max(0, min(self._free + ahead - len(self._buffer), CLAIM_JOBS_MAX))
@@ -92,8 +111,66 @@ class Slots:
             self._asked = False
             while self._free and (job := self._take()) is not None:
                 self._free -= 1
+                self._last_began = time.monotonic()
                 self._start(job)
+            if self._looked is None:
+                self._look()
             return True
+
+    @property
+    def holds_ahead(self) -> bool:
+        """Whether jobs wait in the buffer, which `overdue` watches."""
+        return bool(self._buffer) and self._prefetch is None
+
+    def overdue(self) -> int:
+        """How many jobs have waited in the buffer for long, and will go on waiting at the pace of the last moments.
+
+        For one thread, every OVERDUE_SECONDS; 0 when called sooner. The pace is what left the buffer in between, which
+        knows of long jobs that have not ended, and of slots that share one processor.
+        """
+        if self._looked is None or not self.holds_ahead:
+            self._looked = None
+            return 0
+        looked_at, left_then, waiting_then = self._looked
+        seconds = time.monotonic() - looked_at
+        if seconds < OVERDUE_SECONDS:
+            return 0
+        left, waiting = self._look()
+        if left - left_then >= waiting_then:
+            return 0  # all that waited then have left
+        soon = (left - left_then) * SOON_SECONDS / seconds
+        return max(0, waiting - round(soon))
+
+    def _look(self) -> tuple[int, int]:
+        """How many have left the buffer, and how many are in it; to be compared with at the next look."""
+        waiting = len(self._buffer)
+        left = self.started - waiting
+        self._looked = time.monotonic(), left, waiting
+        return left, waiting
+
+    def may_ask_others(self) -> bool:
+        """Whether to find out if other workers may be free. They are not where a claim just found all it asked for."""
+        return time.monotonic() >= max(self._ask_at, self.found_all_at + OVERDUE_SECONDS)
+
+    def asked_others(self, *, free: bool, seconds: float) -> None:
+        """The answer came after so many seconds."""
+        self._asks_took.append(seconds)
+        self._ask_at = 0.0 if free else time.monotonic() + min(self._asks_took) / ASK_SHARE
+
+    def take_back(self, count: int) -> list[ClaimedJob]:
+        """Up to so many jobs out of the buffer, those that would start last; fewer are held ahead from now on."""
+        with self._lock:
+            taken: list[ClaimedJob] = []
+            while len(taken) < count and self._buffer:
+                with contextlib.suppress(IndexError):  # a slot was quicker
+                    taken.append(self._buffer.pop())
+            self.started -= len(taken)
+            if taken:
+                kept = max(1, len(self._buffer))
+                pace = min(self._count * PREFETCH_SECONDS / kept, PREFETCH_SECONDS)
+                self._run_seconds = max(self._run_seconds or 0.0, pace)
+                self._low = self._ahead() // 2
+            return taken
 
     def close(self) -> list[ClaimedJob]:
         """Start nothing more; the jobs that were not started."""
@@ -130,6 +207,7 @@ class Slots:
             while following is not None:
                 began = time.monotonic() if self._worker.may_start(following) else None
                 if began is not None:
+                    self._last_began = began
                     self._worker.run_sync(following)
                 following = self._next(began, in_loop=False)
 
@@ -141,6 +219,7 @@ class Slots:
         """
         began = time.monotonic() if self._worker.may_start(job) else None
         if began is not None:
+            self._last_began = began
             await self._worker.run_async(job)
         following = self._next(began, in_loop=True)
         if following is not None:

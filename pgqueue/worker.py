@@ -34,7 +34,7 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
-from pgqueue import expiry, limits, migration, reporting, results, retention, store, uniqueness
+from pgqueue import expiry, limits, migration, reporting, results, retention, sharing, store, uniqueness
 from pgqueue.client import PgQueue
 from pgqueue.config import WorkerConfig
 from pgqueue.deadlines import Deadlines
@@ -74,7 +74,7 @@ from pgqueue.middleware import wrapped
 from pgqueue.notifier import STOP, WakeListener
 from pgqueue.retry import Retry, decide
 from pgqueue.scheduler import Scheduler
-from pgqueue.slots import Slots
+from pgqueue.slots import OVERDUE_SECONDS, Slots
 from pgqueue.task import TaskDefinition
 from pgqueue.version import VERSION
 
@@ -120,10 +120,14 @@ FINISH_SECONDS = 10.0
 #: How long `abort` tries to give jobs back before the process goes.
 ABORT_SECONDS = 2.0
 
+#: Another worker that gave no sign of life for so many of this one's leases is not there.
+SILENT_LEASES = 2
+
 #: The first wait of a draining worker for due jobs that it could not claim; it doubles up to the poll interval.
 DRAIN_SECONDS_MIN = 0.01
 
 STOPPED_UNSTARTED = Released("the worker stopped before it started the job")
+OVERDUE = Released("it waited behind long jobs while another worker may have been free")
 STOPPED_RUNNING = Released("the worker stopped while the job was running")
 STOPPED_ON_REQUEST = Cancelled(ASKED_TO_STOP)
 UNSTARTED_ON_REQUEST = Cancelled("it was asked to stop before it was started")
@@ -269,9 +273,9 @@ class Worker:
         self._slots = {
             name: Slots(self, name, count, self.config.prefetch) for name, count in self.config.queues.items()
         }
-        on_postgresql = pgq.engine.dialect.name == POSTGRESQL
+        self._on_postgresql = pgq.engine.dialect.name == POSTGRESQL
         self._limited: set[str] = set()  # queues whose claims have to keep limits
-        self._lanes = {name: Lanes() for name in self.config.queues if on_postgresql}
+        self._lanes = {name: Lanes() for name in self.config.queues if self._on_postgresql}
         self._ran = False
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -488,14 +492,38 @@ class Worker:
         for slots in self._slots.values():
             if self.stopping:
                 return wait
-            if self._wanted(slots) == 0:
-                continue
-            if time.monotonic() >= slots.looks_empty_until:
-                self._fill(connection, slots)
-            wait = min(wait, slots.looks_empty_until - time.monotonic())
+            self._give_back_overdue(connection, slots)
+            if self._wanted(slots) > 0:
+                if time.monotonic() >= slots.looks_empty_until:
+                    self._fill(connection, slots)
+                wait = min(wait, slots.looks_empty_until - time.monotonic())
+            if slots.holds_ahead:
+                wait = min(wait, OVERDUE_SECONDS)
         if self.config.drain and wait > 0 and not self._held:
             return self._drain_step(connection)
         return max(wait, 0.0)
+
+    def _give_back_overdue(self, connection: sa.Connection, slots: Slots) -> None:
+        """Give back what waits in the buffer behind long jobs, should another worker be free to run it."""
+        overdue = slots.overdue()
+        if not overdue or not slots.may_ask_others():
+            return
+        began = time.monotonic()
+        with looking(connection):
+            free = sharing.others_may_be_free(
+                connection,
+                self.pgq.tables,
+                queue=slots.name,
+                worker=self.id,
+                tasks=self._task_names,
+                seconds=self.config.lease * SILENT_LEASES,
+            )
+        slots.asked_others(free=free, seconds=time.monotonic() - began)
+        given_back = slots.take_back(overdue) if free else []
+        for job in given_back:
+            self._finish(job, OVERDUE)
+        if given_back:
+            logger.info("queue %s: gave back %d jobs that waited behind long ones", slots.name, len(given_back))
 
     def _wanted(self, slots: Slots) -> int:
         wanted = slots.wanted()
@@ -607,7 +635,10 @@ class Worker:
         if not slots.add(claimed):  # the claim took so long that the worker stopped meanwhile
             self._unsure_claims.append(token)
             self._release_unsure(connection)
-        return len(claimed) == limit
+        if len(claimed) == limit:
+            slots.found_all_at = time.monotonic()
+            return True
+        return False
 
     def _hold(self, claimed: Sequence[ClaimedJob], asked_at: float) -> None:
         """Count these jobs as held; the claim was asked for at that moment of the monotonic clock."""
@@ -986,6 +1017,7 @@ class Worker:
         # Of two ends of one job the first has lost its claim, or there would not be a second.
         last = {transition.job_id: transition for transition in transitions}
         queues: set[str] = set()
+        released: set[str] = set()
         listening = bool(self._listeners.wanted)
         told: list[tuple[Transition, _Hold, bool]] = []
         with self._lock:
@@ -1006,10 +1038,14 @@ class Worker:
                     del self._held[transition.job_id]
                     if self._limited:
                         queues.add(hold.job.queue)
+                    if transition.event is EventType.RELEASE and is_written:
+                        released.add(hold.job.queue)
                 if listening and hold is not None:
                     told.append((transition, hold, is_written))
         if told:
             self._tell_ends(told)
+        if released and self._on_postgresql:
+            self.pgq._wake_sender(released, True)
         for name in queues & self._limited:
             self._woken(name)  # what ended may be what others wait for
         if self.config.max_jobs is not None or self.config.drain:

@@ -10,6 +10,7 @@ from benchmarks.systems import Bench, Refused, System
 
 BUFFERED = "longest wait in a busy worker's buffer beside an idle worker, ms"
 LONGEST = "longest wait in a buffer, ms"
+GIVEN_BACK = "jobs given back"
 
 CONCURRENCY = 4
 WORKERS = 2
@@ -37,16 +38,30 @@ def fairness(bench: Bench, system: System, scale: Scale) -> Metrics:
                 " WHERE status = 'completed'"
             )
         }
+        given_back = [
+            (int(worker.split(":")[1]), claimed_at, at)
+            for worker, claimed_at, at in connection.execute(
+                "SELECT worker, extract(epoch FROM claimed_at)::float8, extract(epoch FROM at)::float8"
+                " FROM pgqueue.job_events WHERE event = 'release'"
+            )
+        ]
     if len(runs) != jobs or len(claims) != jobs:
         raise Refused(f"of {jobs} jobs {len(claims)} were completed, in {len(runs)} runs")
-    return waits(runs, claims)
+    return waits(runs, claims, given_back)
 
 
-def waits(runs: list[dict[str, float]], claims: dict[int, tuple[float, int]]) -> Metrics:
+def waits(
+    runs: list[dict[str, float]],
+    claims: dict[int, tuple[float, int]],
+    given_back: list[tuple[int, float, float]],
+) -> Metrics:
+    """given_back: unstarted; process, when claimed, when given back."""
     by_worker: dict[int, list[tuple[float, float, float]]] = {}
     for run in runs:
         claimed_at, pid = claims[int(run["id"])]
         by_worker.setdefault(pid, []).append((claimed_at, run["began"], run["ended"]))
+    for pid, claimed_at, at in given_back:  # as a job that ended when it began
+        by_worker.setdefault(pid, []).append((claimed_at, at, at))
     began = max(min(claimed for claimed, _, _ in jobs) for jobs in by_worker.values())
     longest = beside_idle = 0.0
     for pid, jobs in by_worker.items():
@@ -58,7 +73,7 @@ def waits(runs: list[dict[str, float]], claims: dict[int, tuple[float, int]]) ->
                 beside_idle = max(beside_idle, wait)
     if len(by_worker) < WORKERS:
         raise Refused("one worker ran all the jobs")
-    return {BUFFERED: beside_idle * 1_000, LONGEST: longest * 1_000}
+    return {BUFFERED: beside_idle * 1_000, LONGEST: longest * 1_000, GIVEN_BACK: len(given_back)}
 
 
 def idle_times(jobs: list[tuple[float, float, float]], began: float) -> list[Interval]:
@@ -101,7 +116,7 @@ ROWS = (
     Row(
         17,
         "A worker with slow jobs beside another one",
-        (BUFFERED, LONGEST),
+        (BUFFERED, LONGEST, GIVEN_BACK),
         ("pgqueue",),
         fairness,
         claims=(Claim(("pgqueue", BUFFERED), at_most=200),),

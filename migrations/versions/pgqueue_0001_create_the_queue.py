@@ -273,7 +273,7 @@ def _create(schema: str | None, prefix: str) -> None:
         sa.Column("heartbeat_at", moment, server_default=now, nullable=False, comment="last sign of life"),
         sa.PrimaryKeyConstraint("id", name=op.f(f"pk_{prefix}workers")),
         schema=schema,
-        comment="pgqueue: workers for people to look at; no decision depends on this table",
+        comment="pgqueue: workers for people to look at; no promise depends on this table",
     )
 
 

@@ -19,7 +19,7 @@ import pytest
 import sqlalchemy as sa
 from support import execute
 
-from pgqueue import JobStatus, OnConflict, PgQueue, expiry, results, retention, store
+from pgqueue import JobStatus, OnConflict, PgQueue, expiry, results, retention, sharing, store
 from pgqueue.job import ErrorInfo, EventType, NewJob, Transition
 
 STATEMENTS = Path(__file__).parent / "statements"
@@ -94,6 +94,9 @@ HOT: dict[str, Callable[[sa.Connection, PgQueue, Claims], Any]] = {
     "sweep": lambda connection, pgq, claims: store.sweep(connection, pgq.tables, limit=100, actor="w"),
     "release_claim": lambda connection, pgq, claims: store.release_claim(
         connection, pgq.tables, uuid.uuid4(), actor="w"
+    ),
+    "others_may_be_free": lambda connection, pgq, claims: sharing.others_may_be_free(
+        connection, pgq.tables, queue="default", worker="w", tasks=["work"], seconds=60
     ),
 }
 
@@ -274,6 +277,7 @@ INDEXES: dict[str, list[set[str]]] = {
     "results": [{"pk_jobs"}],
     "sweep": [{"jobs_lease", "pk_jobs"}],
     "release_claim": [{"jobs_lease"}],
+    "others_may_be_free": [{"jobs_claim"}],
 }
 
 
@@ -371,6 +375,7 @@ SQLITE_PLANS: dict[str, list[str]] = {
     "results": ["INTEGER PRIMARY KEY"],
     "sweep": ["INTEGER PRIMARY KEY", "INDEX pgqueue_jobs_lease"],
     "release_claim": ["INDEX pgqueue_jobs_lease"],
+    "others_may_be_free": ["INDEX pgqueue_jobs_claim"],
 }
 
 

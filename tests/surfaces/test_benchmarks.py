@@ -64,7 +64,18 @@ def test_a_wait_counts_as_unfair_only_while_the_other_worker_is_idle(systems: Mo
     runs = [{"id": 1, "began": 0.0, "ended": 4.0}, {"id": 2, "began": 4.0, "ended": 5.0}, *busy]
     claims = {1: (0.0, 1), 2: (0.0, 1), **{int(run["id"]): (0.0, 2) for run in busy}}
 
-    measured = fairness.waits(runs, claims)
+    measured = fairness.waits(runs, claims, [])
 
     assert measured[fairness.LONGEST] == pytest.approx(4_000)
     assert measured[fairness.BUFFERED] == pytest.approx(1_000)
+
+
+def test_a_job_that_was_given_back_waited_until_then(systems: ModuleType) -> None:
+    from benchmarks.scenarios import fairness
+
+    runs = [{"id": 1, "began": 0.0, "ended": 4.0}, {"id": 2, "began": 0.5, "ended": 0.6}]
+    claims = {1: (0.0, 1), 2: (0.5, 2)}
+
+    measured = fairness.waits(runs, claims, [(1, 0.0, 0.4)])
+
+    assert measured == {fairness.LONGEST: 400.0, fairness.BUFFERED: 0.0, fairness.GIVEN_BACK: 1}

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from support import wait_for
 
 from pgqueue.job import ClaimedJob
-from pgqueue.slots import CLAIM_JOBS_MAX, PREFETCH_SECONDS, Slots
+from pgqueue.slots import CLAIM_JOBS_MAX, OVERDUE_SECONDS, PREFETCH_SECONDS, SOON_SECONDS, Slots
 
 NOW = datetime.now(UTC)
 
@@ -248,6 +248,123 @@ def test_jobs_passed_over_do_not_count_as_short_ones(runner: Runner) -> None:
 
     assert slots.wanted() == 2
     slots.close()
+
+
+# What is overdue -------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Time that passes when a test says so."""
+
+    def __init__(self) -> None:
+        self.present = 0.0
+
+    def monotonic(self) -> float:
+        return self.present
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("pgqueue.slots.time", clock)
+    return clock
+
+
+def stuck(runner: Runner, waiting: int, prefetch: int | None = None) -> Slots:
+    """Two slots in the midst of jobs, and so many jobs in the buffer."""
+    runner.seconds = None
+    slots = Slots(runner, "q", 2, prefetch)
+    slots.add(make_jobs(2 + waiting))
+    wait_for(lambda: runner.inside == 2, "two jobs to run")
+    return slots
+
+
+def end(runner: Runner, slots: Slots, count: int) -> None:
+    """Let so many jobs end, and the next ones begin."""
+    for _ in range(count):
+        began = len(runner.began)
+        runner.end_one()
+        wait_for(lambda: len(runner.began) > began or not slots.holds_ahead, "the next job to begin")  # noqa: B023
+
+
+def finish_all(runner: Runner, slots: Slots) -> None:
+    slots.close()
+    while runner.inside:
+        runner.end_one()
+        wait_for(lambda: runner.inside == slots.running, "a job to end")
+
+
+def test_jobs_are_overdue_when_the_buffer_did_not_move_between_two_looks(runner: Runner, clock: Clock) -> None:
+    slots = stuck(runner, 5)
+
+    clock.present += OVERDUE_SECONDS * 0.9
+    looks = [slots.overdue()]
+    clock.present += OVERDUE_SECONDS * 0.2
+    looks.append(slots.overdue())
+
+    assert looks == [0, 5]
+    finish_all(runner, slots)
+
+
+def test_jobs_that_came_just_now_are_not_overdue_in_a_buffer_that_moves(runner: Runner, clock: Clock) -> None:
+    slots = stuck(runner, 3)
+    end(runner, slots, 3)
+    slots.add(make_jobs(50))
+
+    clock.present += OVERDUE_SECONDS
+
+    assert slots.overdue() == 0
+    finish_all(runner, slots)
+
+
+def test_a_buffer_that_moves_slowly_keeps_what_will_start_soon(runner: Runner, clock: Clock) -> None:
+    slots = stuck(runner, 20)
+    end(runner, slots, 3)
+
+    clock.present += OVERDUE_SECONDS
+
+    assert slots.overdue() == 20 - 3 - round(3 * SOON_SECONDS / OVERDUE_SECONDS)
+    finish_all(runner, slots)
+
+
+def test_what_is_taken_back_would_have_started_last_and_less_is_held_ahead_from_then_on(
+    runner: Runner, clock: Clock
+) -> None:
+    slots = stuck(runner, 6)
+
+    taken = slots.take_back(4)
+
+    assert [job.id for job in taken] == [7, 6, 5, 4]
+    assert slots.started == 4
+    assert slots.wanted() <= 2
+    assert [job.id for job in slots.take_back(9)] == [3, 2]
+    assert slots.wanted() == 0
+    assert slots.take_back(1) == []
+    finish_all(runner, slots)
+
+
+def test_a_fixed_prefetch_is_never_overdue(runner: Runner, clock: Clock) -> None:
+    slots = stuck(runner, 5, prefetch=5)
+
+    clock.present += 100
+
+    assert slots.overdue() == 0
+    finish_all(runner, slots)
+
+
+def test_nothing_is_claimed_ahead_of_slots_that_have_been_busy_for_long(runner: Runner, clock: Clock) -> None:
+    slots = Slots(runner, "q", 2, None)
+    slots.add(make_jobs(100))
+    wait_until_idle(slots)
+    runner.seconds = None
+    slots.add(make_jobs(2))
+    wait_for(lambda: runner.inside == 2, "two jobs to run")
+    assert slots.wanted() > 100
+
+    clock.present += PREFETCH_SECONDS
+
+    assert slots.wanted() == 0
+    finish_all(runner, slots)
 
 
 def test_closing_gives_back_what_was_not_started_and_takes_nothing_more(runner: Runner) -> None:
