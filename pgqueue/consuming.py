@@ -80,7 +80,14 @@ class Consumer(Limiter):
         seconds = lease_seconds(lease)
         if not self._limits_declared and self.declared_limits:
             yield from self._declare_limits(None)
-        return (yield from change(lambda connection: self._claim_on(connection, worker, queue, names, limit, seconds)))
+        claimed: list[ClaimedJob] | None = None
+        for sweeps in (True, False):
+            claimed = yield from change(
+                lambda connection: self._claim_on(connection, worker, queue, names, limit, seconds, sweeps=sweeps)  # noqa: B023
+            )
+            if claimed is not None:
+                break
+        return claimed or []
 
     def _claim_on(
         self,
@@ -90,12 +97,13 @@ class Consumer(Limiter):
         tasks: Sequence[str] | None,
         limit: int,
         lease: float,
-    ) -> list[ClaimedJob]:
-        store.sweep(connection, self.tables, limit=SWEEP_BEFORE_CLAIM, actor=worker)
-        if time.monotonic() >= self._look_for_expired_at:
-            expired = expiry.expire(connection, self.tables, limit=SWEEP_BEFORE_CLAIM, actor=worker)
-            if len(expired) < SWEEP_BEFORE_CLAIM:
-                self._look_for_expired_at = time.monotonic() + EXPIRE_SECONDS
+        *,
+        sweeps: bool,
+    ) -> list[ClaimedJob] | None:
+        """None: something was swept, which is to be committed first. A claim under limits waits for others, and must
+        not keep what it swept locked meanwhile."""
+        if sweeps and self._sweep_on(connection, worker):
+            return None
         asked: dict[str, Any] = {
             "queue": queue,
             "worker": worker,
@@ -106,6 +114,16 @@ class Consumer(Limiter):
         }
         claimed = store.claim(connection, self.tables, **asked)
         return claimed or limits.claim(connection, self.tables, **asked).jobs
+
+    def _sweep_on(self, connection: sa.Connection, worker: str) -> bool:
+        """Take back what expired, claims and jobs; whether there was something."""
+        swept = store.sweep(connection, self.tables, limit=SWEEP_BEFORE_CLAIM, actor=worker).count
+        if time.monotonic() >= self._look_for_expired_at:
+            expired = len(expiry.expire(connection, self.tables, limit=SWEEP_BEFORE_CLAIM, actor=worker))
+            swept += expired
+            if expired < SWEEP_BEFORE_CLAIM:
+                self._look_for_expired_at = time.monotonic() + EXPIRE_SECONDS
+        return swept > 0
 
     def get_claim(self, job_id: int, token: uuid.UUID) -> ClaimedJob:
         """The job as the holder of this claim token has it: for a consumer that kept only the two, such as one behind

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 
 from pgqueue import limits, operations, store, uniqueness
 from pgqueue.dialect import TextArray, id_among, json_of, now, text_in
+from pgqueue.engine import LockNotWon, savepoint, waiting_at_most
 from pgqueue.errors import DuplicateJob, IllegalTransition
 from pgqueue.job import EventType, JobStatus
 from pgqueue.operations import JobFilter
@@ -24,6 +25,9 @@ REPLAYABLE = (JobStatus.DEAD, JobStatus.CANCELLED)
 EDITABLE = (JobStatus.PENDING, *REPLAYABLE)
 
 KEY_IS_TAKEN = "another job of its task with the same unique key is pending or running"
+
+#: How long an edit waits for a transaction that is enqueueing a job with its new unique key.
+EDIT_WAITS_SECONDS = 0.1
 
 
 # One job ---------------------------------------------------------------------------------------------------
@@ -40,7 +44,7 @@ def replay_job(connection: sa.Connection, tables: Tables, job_id: int, *, actor:
             f"job {job_id} is {before.status}; only a {' or '.join(REPLAYABLE)} job can become {JobStatus.PENDING}"
         )
     try:
-        with connection.begin_nested():
+        with savepoint(connection):
             _put_back(connection, tables, [before.id])
     except sa.exc.IntegrityError:
         raise DuplicateJob(f"job {job_id} cannot be replayed: {KEY_IS_TAKEN}") from None
@@ -85,14 +89,22 @@ def edit_job(
     actor: str,
     reason: str,
 ) -> None:
-    """Write columns of a job that is locked. Raises DuplicateJob when an open job has its new unique key."""
+    """Write columns of a job that is locked. Raises DuplicateJob when an open job has its new unique key.
+
+    It does not wait long for somebody who is just enqueueing that key, and who may be waiting for this job.
+    """
     jobs = tables.jobs
     written = {
         name: json_of(sa.literal(value, sa.Text())) if name == "payload" else value for name, value in values.items()
     }
     try:
-        with connection.begin_nested():
+        with waiting_at_most(connection, EDIT_WAITS_SECONDS) if "unique_key" in values else savepoint(connection):
             connection.execute(sa.update(jobs).where(jobs.c.id == job.row.id).values(written))
+    except LockNotWon:
+        raise DuplicateJob(
+            f"job {job.row.id} cannot be edited so at this moment: another transaction is enqueueing a job of its task "
+            "with the unique key that belongs to the new payload; try again"
+        ) from None
     except sa.exc.IntegrityError:
         raise DuplicateJob(
             f"job {job.row.id} cannot be edited so: another job of its task, with the unique key that belongs to the "
@@ -246,7 +258,8 @@ def _replay(
     """Replay locked jobs; those that were, and why the others were not."""
     able, skipped = _without_taken(connection, tables, rows)
     free = [row for row in able if row.unique_key is None]
-    keyed = [row for row in able if row.unique_key is not None]
+    # Keys are taken in their order, as by enqueues, or two who take many could wait for each other.
+    keyed = sorted((row for row in able if row.unique_key is not None), key=lambda row: (row.task, row.unique_key))
     if free:
         _put_back(connection, tables, [row.id for row in free])
     if keyed and not _try_to_put_back(connection, tables, [row.id for row in keyed]):
@@ -287,15 +300,18 @@ def _without_taken(
 
 def _try_to_put_back(connection: sa.Connection, tables: Tables, ids: Sequence[int]) -> bool:
     try:
-        with connection.begin_nested():
-            _put_back(connection, tables, ids)
+        with savepoint(connection):
+            _put_back(connection, tables, ids, one_by_one=True)
     except sa.exc.IntegrityError:
         return False
     return True
 
 
-def _put_back(connection: sa.Connection, tables: Tables, ids: Sequence[int]) -> None:
-    """Pending, due now, with all retries. The error stays until an attempt ends otherwise."""
+def _put_back(connection: sa.Connection, tables: Tables, ids: Sequence[int], *, one_by_one: bool = False) -> None:
+    """Pending, due now, with all retries. The error stays until an attempt ends otherwise.
+
+    one_by_one: in the order of `ids`.
+    """
     jobs = tables.jobs
     connection.execute(
         sa.update(jobs)
@@ -310,7 +326,7 @@ def _put_back(connection: sa.Connection, tables: Tables, ids: Sequence[int]) -> 
             expires_at=sa.null(),
             progress=sa.null(),
         ),
-        {"ids": list(ids)},
+        [{"ids": [job_id]} for job_id in ids] if one_by_one else {"ids": list(ids)},
     )
 
 

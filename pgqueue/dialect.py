@@ -351,6 +351,11 @@ def first_position(dialect_name: str) -> int:
     return 1 if dialect_name == POSTGRESQL else 0
 
 
+def writes_at_once(dialect_name: str) -> bool:
+    """Whether several transactions write at the same time, and may wait for each other's rows."""
+    return dialect_name == POSTGRESQL
+
+
 # Statements ------------------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,9 @@ SQLITE_TURN_SECONDS = 0.05
 #: Begins a transaction that may write, with the write lock in its hands.
 _SQLITE_BEGIN = "BEGIN IMMEDIATE"
 
+#: The SQLSTATE of a statement that waited for a lock as long as it may.
+LOCK_NOT_AVAILABLE = "55P03"
+
 #: The longest timeout that PostgreSQL knows.
 IDLE_MILLISECONDS_MAX = 2**31 - 1
 
@@ -289,9 +292,44 @@ def end_if_frozen(connection: sa.Connection, seconds: float) -> None:
         )
 
 
+@contextmanager
+def waiting_at_most(connection: sa.Connection, seconds: float) -> Iterator[None]:
+    """A savepoint in which no statement waits longer for a lock: then LockNotWon, and what it did is undone.
+
+    It should be less than `deadlock_timeout`, a second unless it was set: then two that wait for each other part before
+    the server ends one of them.
+    """
+    with savepoint(connection):
+        if connection.dialect.name != POSTGRESQL:
+            yield
+            return
+        setting = sa.text("SELECT current_setting('lock_timeout'), set_config('lock_timeout', :value, true)")
+        before, _ = connection.execute(setting, {"value": str(int(seconds * 1000))}).one()
+        try:
+            yield
+        except sa.exc.OperationalError as error:
+            if getattr(error.orig, "sqlstate", None) == LOCK_NOT_AVAILABLE:
+                raise LockNotWon from error
+            raise
+        connection.execute(setting, {"value": before})
+
+
+class LockNotWon(Exception):
+    """Somebody else kept a lock for longer than we were ready to wait."""
+
+
 def idle_milliseconds(seconds: float) -> str:
     """A timeout as the server takes it."""
     return str(min(int(seconds * 1000), IDLE_MILLISECONDS_MAX))
+
+
+@contextmanager
+def savepoint(connection: sa.Connection) -> Iterator[None]:
+    """A savepoint within the transaction of the connection, also where SQLite's driver has not begun one yet."""
+    if begins_late(connection) and not getattr(connection.connection.driver_connection, "in_transaction", False):
+        connection.exec_driver_sql("BEGIN")
+    with connection.begin_nested():
+        yield
 
 
 def begins_late(connection: sa.Connection) -> bool:

@@ -23,7 +23,7 @@ import json
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache
@@ -45,6 +45,7 @@ from pgqueue.admission import (
     admit,
 )
 from pgqueue.dialect import TextArray, id_among, id_in, now, seconds_since, text_in
+from pgqueue.engine import LockNotWon, waiting_at_most
 from pgqueue.job import FINAL_STATUSES, ClaimedJob, EventType
 from pgqueue.schema import Tables
 from pgqueue.store import IDS, PENDING, RUNNING
@@ -63,6 +64,9 @@ SLOTS_MANY = 20
 
 #: Among so many of the jobs that wait for a task, an idle claim looks for some of its queue.
 IDLE_JOBS_MAX = 1_000
+
+#: How often, and how long each time, a new limit waits for jobs that are running and locked.
+COUNT_TRIES, COUNT_WAITS_SECONDS = 50, 0.1
 
 #: The most buckets whose next token one claim hands on.
 RIPE_BUCKETS_MAX = 200
@@ -978,9 +982,13 @@ def _count_running(connection: sa.Connection, tables: Tables, scope: Scope, name
         .order_by(jobs.c.id)
         .with_for_update()
     )
-    connection.execute(
-        sa.update(jobs).where(id_in(jobs.c.id, running.scalar_subquery()), jobs.c.status == RUNNING).values(slot=HELD)
-    )
+    held = sa.update(jobs).where(id_in(jobs.c.id, running.scalar_subquery()), jobs.c.status == RUNNING)
+    # A worker that ends several of them takes them in an order of its own: let it go first when we meet half-way.
+    for _ in range(COUNT_TRIES):
+        with suppress(LockNotWon), waiting_at_most(connection, COUNT_WAITS_SECONDS):
+            connection.execute(held.values(slot=HELD))
+            return
+    connection.execute(held.values(slot=HELD))
 
 
 def _raise(connection: sa.Connection, tables: Tables, task: str, before: Limits, wanted: Limits) -> None:

@@ -14,6 +14,7 @@ from pgqueue import dead_letter, limits, operations
 from pgqueue.actor import who, why
 from pgqueue.arguments import checked_id, checked_limit, decoded, require_mapping
 from pgqueue.dead_letter import Batch
+from pgqueue.engine import savepoint
 from pgqueue.errors import ConfigurationError
 from pgqueue.executor import MESSAGE_CHARACTERS_MAX, clean
 from pgqueue.inspecting import job_filter
@@ -135,7 +136,7 @@ class Repairer(Registry):
     def _replay_one(self, job_id: int, payload: Mapping[str, Any] | None, actor: str, reason: str | None) -> Steps[str]:
         def replay(connection: sa.Connection) -> str:
             tables = self._tables_of(connection)
-            with connection.begin_nested() if payload is not None else nullcontext():
+            with savepoint(connection) if payload is not None else nullcontext():
                 if payload is not None:
                     self._edit_on(connection, job_id, {"payload": payload}, actor, reason)
                 return dead_letter.replay_job(connection, tables, job_id, actor=actor, reason=reason)

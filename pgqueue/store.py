@@ -176,15 +176,26 @@ def insert_jobs(
     return ids
 
 
-def insert_keyed_jobs(connection: sa.Connection, tables: Tables, wanted: Sequence[NewJob]) -> dict[str, int]:
-    """Store jobs that differ only in payload and keys; the ids of those whose unique key is free, by that key."""
+def insert_keyed_jobs(
+    connection: sa.Connection, tables: Tables, wanted: Sequence[NewJob], early: Sequence[float] | None = None
+) -> dict[str, int]:
+    """Store jobs that differ only in payload and keys, in this order; the ids of those whose unique key is free, by
+    that key.
+
+    early: by how many seconds each is due earlier.
+    """
     template = wanted[0]
     by_period = template.period_seconds is not None
     insert = _insert_keyed_jobs(
-        tables, template.delay_seconds is not None, template.run_at is not None, by_period, _expiry(template)
+        tables,
+        template.delay_seconds is not None,
+        template.run_at is not None,
+        by_period,
+        _expiry(template),
+        early is not None,
     )
     rows = [
-        {"n": n, "payload": job.payload_json, "unique_key": job.unique_key}
+        {"n": n, "payload": job.payload_json, "unique_key": job.unique_key, "early": early[n] if early else None}
         | {name: getattr(job, name) for name in LIMIT_KEYS}
         for n, job in enumerate(wanted)
     ]
@@ -332,10 +343,14 @@ def _insert_jobs(tables: Tables, has_delay: bool, has_run_at: bool, has_keys: bo
 
 
 @cache
-def _insert_keyed_jobs(tables: Tables, has_delay: bool, has_run_at: bool, by_period: bool, expiry: _Expiry) -> Any:
+def _insert_keyed_jobs(
+    tables: Tables, has_delay: bool, has_run_at: bool, by_period: bool, expiry: _Expiry, is_early: bool
+) -> Any:
     jobs, periods = tables.jobs, tables.unique_periods
     texts = [sa.column(name, sa.Text) for name in ("payload", "unique_key", *LIMIT_KEYS)]
-    rows = dialect.rows(tables.dialect_name, "rows", sa.column("n", sa.Integer), *texts)
+    numbers = (sa.column("n", sa.Integer), *([sa.column("early", sa.Double)] if is_early else []))
+    rows = dialect.rows(tables.dialect_name, "rows", *numbers, *texts)
+    run_at = _run_at(has_delay, has_run_at)
     task = sa.bindparam("task", type_=sa.Text())
     columns = {
         "task": task,
@@ -344,7 +359,7 @@ def _insert_keyed_jobs(tables: Tables, has_delay: bool, has_run_at: bool, by_per
         "priority": sa.bindparam("priority", type_=sa.SmallInteger()),
         "max_retries": sa.bindparam("max_retries", type_=sa.SmallInteger()),
         "metadata": json_of(sa.bindparam("metadata", type_=sa.Text())),
-        "run_at": _run_at(has_delay, has_run_at),
+        "run_at": dialect.seconds_before(run_at, rows.c.early) if is_early else run_at,
         **_expires_at(expiry),
         **{name: rows.c[name] for name in ("unique_key", *LIMIT_KEYS)},
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import cache
 from itertools import islice
@@ -19,9 +19,12 @@ from sqlalchemy.dialects import postgresql
 
 from pgqueue import dialect, store
 from pgqueue.dialect import TextArray, id_among, now, seconds_from_now, text_in
+from pgqueue.engine import savepoint
 from pgqueue.errors import DuplicateJob
 from pgqueue.job import EnqueueResult, JobStatus, NewJob, OnConflict
 from pgqueue.schema import Tables
+
+MICROSECOND = 1e-6
 
 
 def insert_unique_jobs(
@@ -40,6 +43,10 @@ def insert_unique_jobs(
     A key is taken by an open job of the task and, where the template has a period, by one that was enqueued within it.
     Of payloads with the same key the first is stored, with OnConflict.REPLACE the last. Raises DuplicateJob as
     `on_conflict` says; then nothing was stored.
+
+    Keys are taken in their own order, or two such calls could wait for each other. So that the jobs start in the order
+    of the payloads all the same, each is due a microsecond before the next. Those with an ordering key, which goes by
+    ids, are stored in the order of the payloads.
     """
     chosen: dict[str, int] = {}
     for position, key in enumerate(unique_keys):
@@ -50,49 +57,69 @@ def insert_unique_jobs(
             )
         if on_conflict is OnConflict.REPLACE or key not in chosen:
             chosen[key] = position
-    results: dict[str, EnqueueResult] = {}
-    all_or_none = on_conflict is not OnConflict.SKIP and len(chosen) > 1
-    with connection.begin_nested() if all_or_none else nullcontext():
-        for start in range(0, len(chosen), store.INSERT_JOBS_MAX):
-            some = dict(islice(chosen.items(), start, start + store.INSERT_JOBS_MAX))
-            wanted = {}
-            for key, position in some.items():
-                of_job: dict[str, Any] = dict(zip(store.LIMIT_KEYS, keys[position], strict=True) if keys else ())
-                of_job |= {"payload_json": payloads_json[position], "unique_key": key}
-                wanted[key] = replace(template, **of_job)
-            results |= _insert_some(connection, tables, wanted, on_conflict=on_conflict, actor=actor)
-    return [
-        results[key] if chosen[key] == position else EnqueueResult(results[key].id, inserted=False)
-        for position, key in enumerate(unique_keys)
-    ]
+    at_once = dialect.writes_at_once(tables.dialect_name)
+    by_key = at_once and not any(of_job[store.LIMIT_KEYS.index("ordering_key")] for of_job in keys or ())
+    if by_key:
+        chosen = dict(sorted(chosen.items()))
+    wanted: dict[str, NewJob] = {}
+    for key, position in chosen.items():
+        of_job: dict[str, Any] = dict(zip(store.LIMIT_KEYS, keys[position], strict=True) if keys else ())
+        of_job |= {"payload_json": payloads_json[position], "unique_key": key}
+        wanted[key] = replace(template, **of_job)
+    early = _early(template, chosen, len(payloads_json)) if by_key and len(chosen) > 1 else None
+    # What can change hands is undone with what was stored before it.
+    all_or_none = len(chosen) > 1 and (at_once or on_conflict is not OnConflict.SKIP)
+    for _ in range(store.CONFLICT_ROUNDS_MAX):
+        with suppress(_KeysChangedHands), savepoint(connection) if all_or_none else nullcontext():
+            results: dict[str, EnqueueResult] = {}
+            for start in range(0, len(chosen), store.INSERT_JOBS_MAX):
+                some = dict(islice(wanted.items(), start, start + store.INSERT_JOBS_MAX))
+                results |= _insert_some(connection, tables, some, early, on_conflict=on_conflict, actor=actor)
+            return [
+                results[key] if chosen[key] == position else EnqueueResult(results[key].id, inserted=False)
+                for position, key in enumerate(unique_keys)
+            ]
+    raise DuplicateJob(
+        f"task {template.task!r}: unique keys changed hands {store.CONFLICT_ROUNDS_MAX} times while these jobs were "
+        "being enqueued; try again"
+    )
+
+
+class _KeysChangedHands(Exception):
+    """While it was looked who has them. All keys are given up and taken again, in their order."""
+
+
+def _early(template: NewJob, positions: Mapping[str, int], count: int) -> dict[str, float]:
+    """By how many seconds the job of each key is due earlier. What is due at once stays due at once."""
+    last = count if template.delay_seconds is None and template.run_at is None else 0
+    return {key: (last - position) * MICROSECOND for key, position in positions.items()}
 
 
 def _insert_some(
-    connection: sa.Connection, tables: Tables, wanted: dict[str, NewJob], *, on_conflict: OnConflict, actor: str
+    connection: sa.Connection,
+    tables: Tables,
+    wanted: dict[str, NewJob],
+    early: Mapping[str, float] | None,
+    *,
+    on_conflict: OnConflict,
+    actor: str,
 ) -> dict[str, EnqueueResult]:
-    results: dict[str, EnqueueResult] = {}
-    left = dict(wanted)
     template = next(iter(wanted.values()))
-    for _ in range(store.CONFLICT_ROUNDS_MAX):
-        inserted = store.insert_keyed_jobs(connection, tables, list(left.values()))
-        if template.period_seconds is not None and inserted:
-            inserted = _begin_periods(connection, tables, template.task, template.period_seconds, inserted)
-        results |= {key: EnqueueResult(job_id) for key, job_id in inserted.items()}
-        left = {key: job for key, job in left.items() if key not in results}
-        if not left:
-            return results
-        with_periods = template.period_seconds is not None
-        for key, holder in _holders(connection, tables, template.task, list(left), with_periods).items():
-            result = _meet(connection, tables, left[key], holder, on_conflict=on_conflict, actor=actor)
-            if result is not None:
-                results[key] = result
-                del left[key]
-        if not left:
-            return results
-    raise DuplicateJob(
-        f"task {template.task!r}: {len(left)} unique keys changed hands {store.CONFLICT_ROUNDS_MAX} times while "
-        "these jobs were being enqueued; try again"
-    )
+    with_periods = template.period_seconds is not None
+    sooner = None if early is None else [early[key] for key in wanted]
+    inserted = store.insert_keyed_jobs(connection, tables, list(wanted.values()), sooner)
+    if template.period_seconds is not None and inserted:
+        inserted = _begin_periods(connection, tables, template.task, template.period_seconds, inserted)
+    results = {key: EnqueueResult(job_id) for key, job_id in inserted.items()}
+    taken = [key for key in wanted if key not in results]
+    holders = _holders(connection, tables, template.task, taken, with_periods) if taken else {}
+    for key in taken:
+        holder = holders.get(key)
+        met = holder and _meet(connection, tables, wanted[key], holder, on_conflict=on_conflict, actor=actor)
+        if met is None:
+            raise _KeysChangedHands
+        results[key] = met
+    return results
 
 
 def _meet(

@@ -57,7 +57,7 @@ def assert_events_tell_how_every_attempt_ended_but_a_good_or_present_one(row: An
     is_silent = row.status in ("running", "completed")
     ended = [event.attempt for event in events if event.from_status == "running" != event.to_status]
     assert ended == list(range(1, row.attempt + (0 if is_silent else 1)))
-    since_replay = itertools.takewhile(lambda event: event.event != "replay", reversed(events))
+    since_replay = itertools.takewhile(lambda event: event.event not in ("replay", "replace"), reversed(events))
     charged = [event for event in since_replay if event.event in ("retry", "sweep") and event.to_status == "pending"]
     assert row.retries == len(charged)
     if events and not is_silent:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from jobs import (
     add,
     add_one,
@@ -526,3 +527,23 @@ def test_all_jobs_are_read_page_by_page(pgq: PgQueue, monkeypatch: pytest.Monkey
     rest = [job.id for job in reader]
 
     assert first + rest == [*ids[:2], *ids[3:]]
+
+
+@pytest.mark.parametrize("call", ["edit", "replay", "replay_where"])
+def test_a_rollback_takes_a_change_back_where_the_driver_begins_transactions_late(sqlite_url: str, call: str) -> None:
+    engine = sa.create_engine(sqlite_url)
+    pgq = PgQueue(engine)
+    (job_id,) = add_dead(pgq, unique_key="a")
+
+    with Session(engine) as session:
+        if call == "edit":
+            pgq.edit(job_id, payload={"n": 7}, session=session)
+        elif call == "replay":
+            pgq.replay(job_id, payload={"n": 7}, session=session)
+        else:
+            assert pgq.replay_where(session=session).replayed == [job_id]
+        session.rollback()
+
+    assert (row(pgq, job_id).status, row(pgq, job_id).payload) == ("dead", {"n": 0})
+    engine.dispose()
+    pgq.dispose()
