@@ -11,12 +11,13 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from pgqueue import store
 from pgqueue.arguments import RUN_AT_MAX, checked_payloads, decoded, delay_seconds, metadata_json_of, require_mapping
 from pgqueue.dialect import now, seconds_from_now
 from pgqueue.errors import ConfigurationError
 from pgqueue.handle import JobHandle
 from pgqueue.inserting import LISTENERS_ATTRIBUTE, WAKE_ATTRIBUTE, Inserter
-from pgqueue.job import Job, NewJob, OnConflict
+from pgqueue.job import Job, JoinedPayloads, NewJob, OnConflict
 from pgqueue.middleware import EnqueueRequest
 from pgqueue.options import EnqueueOptions
 from pgqueue.retry import as_seconds
@@ -32,6 +33,9 @@ from pgqueue.transaction import (
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+#: Fewer payloads are not divided to be encoded together.
+JOINED_MIN = 16
 
 #: The names of the options of an enqueue.
 _OPTIONS = tuple(option.name for option in fields(EnqueueOptions))
@@ -278,17 +282,41 @@ class Task(Generic[P, R]):
         given = (self.options.concurrency_key, self.options.ordering_key, self.options.rate_key)
         return LimitKeys(*(mine if mine is not None else its for mine, its in zip(given, taken, strict=True)))
 
-    def _new_jobs(self, payloads: Iterable[Mapping[str, Any]]) -> tuple[NewJob, list[str], list[str] | None]:
+    def _new_jobs(self, payloads: Iterable[Mapping[str, Any]]) -> tuple[NewJob, Sequence[str], list[str] | None]:
         """What they have in common, the payloads as JSON, and their unique keys if they have any."""
         if self.options.unique_key is not None:
             raise ConfigurationError("enqueue_many() stores many jobs, and a unique_key allows one; leave it away")
         given = checked_payloads(payloads)
+        if self.definition.unique is None and not self._has_keys and (joined := self._joined(given)) is not None:
+            return self._template(), joined, None
         encoded = [self.definition.encode(payload) for payload in given]
         unique_keys = None
         if self.definition.unique is not None:
             made = (self.definition.unique_key(payload, text) for payload, text in zip(given, encoded, strict=True))
             unique_keys = [key for key in made if key is not None]
         return self._template(), encoded, unique_keys
+
+    def _joined(self, payloads: list[Mapping[str, Any]]) -> JoinedPayloads | None:
+        """The payloads in JSON arrays; None when they have to be encoded one by one."""
+        arrays: list[str] = []
+        for start in range(0, len(payloads), store.INSERT_JOBS_MAX):
+            encoded = self._arrays_of(payloads[start : start + store.INSERT_JOBS_MAX])
+            if encoded is None:
+                return None
+            arrays.extend(encoded)
+        return JoinedPayloads(arrays, len(payloads))
+
+    def _arrays_of(self, payloads: list[Mapping[str, Any]]) -> list[str] | None:
+        """The payloads in one JSON array, or in several where they are too large for one."""
+        array = self.definition.encode_together(payloads)
+        if array is not None and len(array) <= store.INSERT_BYTES_MAX:
+            return [array]
+        if len(payloads) < JOINED_MIN:
+            return None
+        half = len(payloads) // 2
+        first = self._arrays_of(payloads[:half])
+        second = self._arrays_of(payloads[half:]) if first is not None else None
+        return None if first is None or second is None else first + second
 
     @property
     def _on_conflict(self) -> OnConflict:

@@ -5,13 +5,16 @@ Plain data. `schema` maps `Job` to its table; nothing here knows a database, a c
 
 from __future__ import annotations
 
+import functools
 import json
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, overload
+
+import pydantic_core
 
 from pgqueue.errors import ErrorInfo as ErrorInfo
 
@@ -150,6 +153,29 @@ class NewJob:
     def is_due_at_once(self) -> bool:
         """Whether a worker may run it as soon as it is committed."""
         return self.delay_seconds is None and self.run_at is None
+
+
+class JoinedPayloads(Sequence[str]):
+    """Payloads as JSON texts, of which only JSON arrays of many are at hand: few need to see them one by one."""
+
+    def __init__(self, arrays: Sequence[str], count: int) -> None:
+        self.arrays = arrays
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        return self._texts[index]
+
+    @functools.cached_property
+    def _texts(self) -> list[str]:
+        payloads = (payload for array in self.arrays for payload in pydantic_core.from_json(array))
+        return [pydantic_core.to_json(payload).decode() for payload in payloads]
 
 
 # How an attempt ended --------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ from pgqueue.job import (
     ErrorInfo,
     EventType,
     JobStatus,
+    JoinedPayloads,
     NewJob,
     OnConflict,
     SweepResult,
@@ -166,6 +167,10 @@ def insert_jobs(
     parameters = _job_parameters(template)
     del parameters["payload"]
     ids: list[int] = []
+    if isinstance(payloads_json, JoinedPayloads):
+        for array in payloads_json.arrays:
+            ids.extend(connection.execute(insert, {**parameters, "payloads": array}).scalars())
+        return ids
     for chunk in _chunks(payloads_json):
         parameters["payloads"] = f"[{','.join(chunk)}]"
         if keys is not None:

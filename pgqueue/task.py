@@ -13,8 +13,9 @@ import json
 import math
 import os
 import re
+import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, NotRequired, Required
 
@@ -72,7 +73,9 @@ class TaskDefinition:
     rate: Rate | None = None  #: jobs started in a time
     ordered_by: str | None = None  #: a parameter; jobs with the same value of it run one after another
     unique: Unique | None = None  #: which of its jobs count as the same
+    payload_type: Any = field(init=False)  #: a TypedDict of the function's parameters
     payload_adapter: pydantic.TypeAdapter[Any] = field(init=False)
+    _payloads_adapter: pydantic.TypeAdapter[Any] | None = field(init=False, default=None, repr=False, compare=False)
     parameters: tuple[str, ...] = field(init=False)  #: names of the payload's keys, in the function's order
     is_async: bool = field(init=False)
 
@@ -85,7 +88,8 @@ class TaskDefinition:
             raise ConfigurationError(f"timeout of task {self.name!r} must be more than 0 seconds, got {self.timeout!r}")
         self._check_isolation()
         object.__setattr__(self, "is_async", is_async)
-        adapter, parameters = _read_signature(self)
+        payload_type, adapter, parameters = _read_signature(self)
+        object.__setattr__(self, "payload_type", payload_type)
         object.__setattr__(self, "payload_adapter", adapter)
         object.__setattr__(self, "parameters", parameters)
         self._check_limits()
@@ -262,6 +266,25 @@ class TaskDefinition:
             _refuse_non_finite(self.payload_adapter.dump_python(checked, warnings="none"), what)
         return checked_json(text, what)
 
+    def encode_together(self, payloads: Sequence[Mapping[str, Any]]) -> str | None:
+        """The payloads as one JSON array, in a fraction of the time of as many calls of `encode`.
+
+        None when they are too large together, or when one of them may have to be refused: `encode` will tell.
+        """
+        adapter = self._payloads_adapter
+        if adapter is None:  # most tasks never need it, and it takes longer to make than to use
+            of_payloads: Any = types.GenericAlias(list, (self.payload_type,))
+            adapter = pydantic.TypeAdapter(of_payloads)
+            object.__setattr__(self, "_payloads_adapter", adapter)
+        try:
+            checked = adapter.validate_python(payloads)
+            text = adapter.dump_json(checked, warnings="none").decode()
+            if "null" in text:
+                _refuse_non_finite(adapter.dump_python(checked, warnings="none"), "a payload")
+            return checked_json(text, "a payload")
+        except (ValueError, TypeError, RecursionError):  # InvalidPayload is a ValueError
+            return None
+
     def decode(self, payload_json: str) -> dict[str, Any]:
         """The keyword arguments that a stored payload stands for. Raises InvalidPayload."""
         try:
@@ -378,8 +401,8 @@ def _refuse_unstorable(value: object, path: str) -> None:
             _refuse_unstorable(item, f"{path}[{index}]")
 
 
-def _read_signature(task: TaskDefinition) -> tuple[pydantic.TypeAdapter[Any], tuple[str, ...]]:
-    """A pydantic adapter for a TypedDict with a key per parameter, those with a default may be missing; and the names.
+def _read_signature(task: TaskDefinition) -> tuple[Any, pydantic.TypeAdapter[Any], tuple[str, ...]]:
+    """A TypedDict with a key per parameter, those with a default may be missing; its pydantic adapter; and the names.
 
     A TypedDict, not a model, so that a parameter may have any name.
     """
@@ -416,7 +439,7 @@ def _read_signature(task: TaskDefinition) -> tuple[pydantic.TypeAdapter[Any], tu
     payload_type = make_type(f"payload of {task.name}", fields)
     payload_type.__pydantic_config__ = {"extra": extra, "ser_json_inf_nan": "constants"}
     try:
-        return pydantic.TypeAdapter(payload_type), tuple(fields)
+        return payload_type, pydantic.TypeAdapter(payload_type), tuple(fields)
     except pydantic.errors.PydanticUserError as error:
         raise InvalidTask(
             f"task {task.name!r}: a parameter's type cannot be carried as JSON ({error.message})"

@@ -431,3 +431,59 @@ def test_a_float_parameter_gets_exactly_the_float_that_was_sent(both: tuple[PgQu
 
         arrived = arguments_of_next(measure)["number"]
         assert (type(arrived), arrived) == (float, number)
+
+
+# Many together ---------------------------------------------------------------------------------------------
+
+STRANGE = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(),
+    st.sampled_from(["null", "NaN", "\0", "\\u0000", "\ud800", "[[[{", "9" * 5000, [[]] * 200, object(), {1, 2}]),
+)
+PAYLOADS = st.lists(
+    st.dictionaries(st.text(max_size=3), st.recursive(STRANGE, lambda inner: st.lists(inner, max_size=3))), max_size=8
+)
+
+
+@given(PAYLOADS)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+def test_payloads_encoded_together_are_those_encoded_one_by_one(payloads: list[dict[str, Any]]) -> None:
+    definition = external(PgQueue("sqlite://")).definition
+    one_by_one: list[str] | None
+    try:
+        one_by_one = [definition.encode(payload) for payload in payloads]
+    except InvalidPayload:
+        one_by_one = None
+
+    together = definition.encode_together(payloads)
+
+    if one_by_one is None:
+        assert together is None
+    elif together is not None:  # they may be too large or deep together, or ask for a second look
+        assert together == f"[{','.join(one_by_one)}]"
+
+
+def test_plain_payloads_are_encoded_together() -> None:
+    """Guards the test above, and the speed of bulk enqueues."""
+    definition = external(PgQueue("sqlite://")).definition
+
+    together = definition.encode_together([{"n": n, "lines": [{"sku": "a", "note": None}]} for n in range(1_000)])
+
+    assert together is not None
+
+
+@pytest.mark.parametrize("size", [100, 3_000, 400_000])
+def test_many_payloads_arrive_in_their_order_whatever_their_size(pgq: PgQueue, size: int) -> None:
+    payloads = [{"n": n, "text": "x" * size} for n in range(40)]
+    task = external(pgq)
+
+    with pgq.begin() as connection:
+        ids = task.enqueue_many(connection, payloads)
+
+    assert [pgq.get_job(job_id).payload for job_id in (ids[0], ids[17], ids[-1])] == [
+        payloads[index] for index in (0, 17, -1)
+    ]
+    assert len(ids) == len(set(ids)) == 40
