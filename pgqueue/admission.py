@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pgqueue.errors import ConfigurationError
 
@@ -144,8 +144,7 @@ def _is_number(value: object) -> bool:
 Bucket = tuple[str, str, str]  # queue or task, its name, the rate key
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A due job that a claim might take."""
 
     id: int
@@ -153,7 +152,7 @@ class Candidate:
     concurrency_key: str | None = None
     ordering_key: str | None = None
     rate_key: str | None = None
-    offered: bool = False  #: whether it was offered a slot
+    tracked: bool = False  #: whether it was offered a slot, or held one whose end others wait for
 
 
 @dataclass(frozen=True, slots=True)

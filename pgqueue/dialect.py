@@ -356,6 +356,13 @@ def writes_at_once(dialect_name: str) -> bool:
     return dialect_name == POSTGRESQL
 
 
+def object_of(dialect_name: str, key: sa.ColumnElement[str], value: sa.ColumnElement[Any]) -> sa.ColumnElement[str]:
+    """A JSON object of all rows, as text."""
+    if dialect_name == POSTGRESQL:
+        return sa.cast(sa.func.json_object_agg(key, value), sa.Text)
+    return sa.func.json_group_object(key, value, type_=sa.Text())
+
+
 # Statements ------------------------------------------------------------------------------------------------
 
 

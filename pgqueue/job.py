@@ -74,7 +74,7 @@ class Job:
     finished_at: datetime | None  #: when it became final; NULL exactly while it is open
     rate_key: str | None  #: jobs of one key share a rate limit
     waits_for: str | None  #: what must come free before it can be claimed: order, task, key:… or rate:…
-    slot: str | None  #: of a limit: held since its claim, or offered; cleared by a claim that finds it ended
+    slot: str | None  #: of a limit: held since its claim, awaited when others wait for its end, or offered
     leads_order: bool  #: jobs of the same ordering_key wait for its end
     cancel_requested_at: datetime | None  #: when its worker was asked to stop the attempt
     prune_at: datetime | None  #: deleted after this moment; NULL: kept until somebody prunes

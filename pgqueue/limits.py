@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -44,11 +44,11 @@ from pgqueue.admission import (
     Limits,
     admit,
 )
-from pgqueue.dialect import TextArray, id_among, id_in, now, seconds_since, text_in
+from pgqueue.dialect import IdArray, TextArray, id_among, id_in, now, seconds_since, text_in
 from pgqueue.engine import LockNotWon, waiting_at_most
 from pgqueue.job import FINAL_STATUSES, ClaimedJob, EventType
-from pgqueue.schema import Tables
-from pgqueue.store import IDS, PENDING, RUNNING
+from pgqueue.schema import ENDED, HOLDS_SLOT, IN_ORDER, SLOTS, Tables
+from pgqueue.store import HELD, IDS, PENDING, RUNNING
 
 #: How many due jobs a claim looks at beyond those it wants, because some may have to wait.
 LOOK_AHEAD = 32
@@ -71,11 +71,20 @@ COUNT_TRIES, COUNT_WAITS_SECONDS = 50, 0.1
 #: The most buckets whose next token one claim hands on.
 RIPE_BUCKETS_MAX = 200
 
+#: The most holders of slots of which one claim notes that others wait for their end.
+AWAITED_MAX = 1_000
+
+#: Two counts in one number, from one probe of the index: see _slots_in_use.
+TRACKED = 2**32
+
 QUEUE: sa.ColumnClause[str] = sa.literal_column("'queue'")
 TASK: sa.ColumnClause[str] = sa.literal_column("'task'")
-HELD: sa.ColumnClause[str] = sa.literal_column("'held'")
+AWAITED: sa.ColumnClause[str] = sa.literal_column("'awaited'")
 OFFERED: sa.ColumnClause[str] = sa.literal_column("'offered'")
 FINAL: sa.ColumnClause[str] = sa.literal_column("(" + ", ".join(f"'{status}'" for status in FINAL_STATUSES) + ")")
+
+#: The limits that concern claims.
+_OF_CLAIMS = ("concurrency", "key_concurrency", "rate", "burst", "promote_after")
 
 _COLUMNS = ("concurrency", "key_concurrency", "rate", "burst", "max_depth", "on_full", "promote_after")
 
@@ -106,6 +115,7 @@ class _Gates:
     tasks: Mapping[str, Limits]
     ordered: bool
     releasing: Sequence[str]  # tasks
+    something_ended: bool  # that others wait for; as it was when the claim began to wait for the locks
 
     @property
     def holding(self) -> list[str] | None:
@@ -113,6 +123,21 @@ class _Gates:
         if self.queue is not None and self.queue.concurrency is not None:
             return None
         return [name for name, limits in self.tasks.items() if limits.holds_slots]
+
+    @property
+    def limited(self) -> list[str]:
+        """The tasks of which only so many may run."""
+        return [name for name, limits in self.tasks.items() if limits.concurrency is not None]
+
+    @property
+    def keyed(self) -> bool:
+        return any(limits.key_concurrency is not None for limits in self.tasks.values())
+
+    def slots(self, slot: tuple[str, str]) -> int:
+        """How many of a slot there are."""
+        task, what = slot
+        limits = self.tasks[task]
+        return (limits.concurrency if what == WAITS_FOR_TASK else limits.key_concurrency) or 0
 
     @property
     def rates(self) -> _Rates:
@@ -145,39 +170,51 @@ def claim(
     gates = _lock(connection, tables, queue, tasks)
     if gates is None:
         return LimitedClaim(kept=False)
-    found_freed = _offer_freed(connection, tables, gates)
+    # What it was told with the lock may be old by now: so it looks again before it comes back with too little.
+    found_freed = _offer_freed(connection, tables, gates) if gates.something_ended else False
+    looked = gates.something_ended
     _let_go(connection, tables, gates)
-    tokens_come = [_offer_tokens(connection, tables, gates)]
+    tokens_come = [_offer_tokens(connection, tables, gates)] if gates.rates else []
     claimed: list[ClaimedJob] = []
     promoting = gates.queue is not None and gates.queue.promote_after is not None
-    looked_again = False
-    for _ in range(ROUNDS_MAX):
+    looked_for_idle = False
+    for number in range(ROUNDS_MAX):
         want = limit - len(claimed)
-        candidates = _due(
+        at_most = want + (LOOK_AHEAD if number else 0)
+        seen = _look(
             connection,
             tables,
             gates,
             tasks,
-            limit=want + LOOK_AHEAD,
+            limit=at_most,
             flush=flush,
             waited=(gates.queue.promote_after or 0.0) if promoting and gates.queue else 0.0,
         )
-        in_use = _in_use(connection, tables, gates, candidates)
-        decision = admit(candidates, want=want, queue_name=queue, queue=gates.queue, tasks=gates.tasks, in_use=in_use)
-        claimed += _take(connection, tables, gates, decision, queue=queue, worker=worker, token=token, lease=lease)
-        set_aside = _set_aside(connection, tables, decision, queue, in_use.leaders)
-        passed_on = _pass_on_offers(connection, tables, candidates, set_aside)
-        tokens_come.append(_spend(connection, tables, gates, decision, in_use.tokens))
-        if len(decision.admitted) + len(decision.waits) < len(candidates) or len(claimed) == limit:
+        decision = admit(
+            seen.candidates, want=want, queue_name=queue, queue=gates.queue, tasks=gates.tasks, in_use=seen.in_use
+        )
+        contended = _contended(seen.candidates, decision)
+        claimed += _take(
+            connection, tables, gates, seen, decision, contended, queue=queue, worker=worker, token=token, lease=lease
+        )
+        set_aside = _set_aside(connection, tables, gates, seen, decision, contended)
+        passed_on = _pass_on_offers(connection, tables, seen.candidates, set_aside)
+        tokens_come.append(_spend(connection, tables, gates, decision, seen.in_use.tokens))
+        if len(claimed) == limit or len(decision.admitted) + len(decision.waits) < len(seen.candidates):
             break  # it has what it wants, or what the queue's own limits allow
-        if len(candidates) < want + LOOK_AHEAD and not passed_on:
+        if len(seen.candidates) < at_most and not passed_on:
             if promoting:
                 promoting = False
                 continue
             # It has looked at all.
-            if claimed or found_freed or looked_again or not _offer_idle(connection, tables, gates):
+            if not looked:
+                looked = True
+                found_freed = _offer_freed(connection, tables, gates)
+                if found_freed:
+                    continue
+            if claimed or found_freed or looked_for_idle or not _offer_idle(connection, tables, gates):
                 break
-            looked_again = True
+            looked_for_idle = True
     else:
         return LimitedClaim(claimed, again=True)
     return LimitedClaim(
@@ -202,13 +239,14 @@ def _lock(connection: sa.Connection, tables: Tables, queue: str, tasks: Sequence
     rows = connection.execute(_lock_limits(tables, tasks is not None), parameters).all()
     if not rows:
         return None
-    limits = {(row.scope, row.name): Limits(**{name: getattr(row, name) for name in _COLUMNS}) for row in rows}
+    limits = {(row.scope, row.name): Limits(**{name: getattr(row, name) for name in _OF_CLAIMS}) for row in rows}
     return _Gates(
         queue,
         limits.get(("queue", queue)),
         {name: found for (scope, name), found in limits.items() if scope == "task"},
         ordered=any(row.ordered for row in rows if row.scope == "queue"),
         releasing=[row.name for row in rows if row.releasing],
+        something_ended=bool(rows[0].something_ended),
     )
 
 
@@ -219,12 +257,29 @@ def _lock_limits(tables: Tables, of_tasks: bool) -> sa.Select[Any]:
     if of_tasks:
         of_task = sa.and_(of_task, text_in(limits.c.name, sa.bindparam("tasks", type_=TextArray())))
     of_queue = sa.and_(limits.c.scope == QUEUE, limits.c.name == sa.bindparam("of_queue", type_=sa.Text()))
+    jobs = tables.jobs
+    ended: sa.Select[Any] = sa.select(sa.literal_column("1")).select_from(jobs).where(_ended(jobs))
+    if of_tasks:
+        ended = ended.where(
+            sa.or_(
+                text_in(jobs.c.task, sa.bindparam("tasks", type_=TextArray())),
+                jobs.c.queue == sa.bindparam("of_queue", type_=sa.Text()),
+            )
+        )
+    columns = [limits.c[name] for name in ("scope", "name", *_OF_CLAIMS, "ordered", "releasing")]
     return (
-        sa.select(limits)
+        sa.select(*columns, ended.exists().label("something_ended"))
         .where(sa.or_(of_queue, of_task), store.are_kept(limits))
         .order_by(limits.c.scope, limits.c.name)
-        .with_for_update()
+        .with_for_update(of=limits)
     )
+
+
+def _ended(jobs: sa.Table) -> sa.ColumnElement[bool]:
+    """Jobs that others wait for, and that hold or lead no more. Found by their index."""
+    # The statuses again by themselves, because the index begins with them.
+    statuses = sa.text("status IN ('completed', 'dead', 'cancelled', 'pending')")
+    return sa.and_(statuses, sa.text(f"({ENDED})"), jobs.c.id.is_not(None))
 
 
 # Slots that came free --------------------------------------------------------------------------------------
@@ -249,12 +304,12 @@ def _find_freed(tables: Tables) -> sa.Update:
     locked = text_in(jobs.c.task, sa.bindparam("tasks", type_=TextArray()))
     without_limits = ~sa.exists().where(limits.c.scope == TASK, limits.c.name == jobs.c.task, store.are_kept(limits))
     of_slot = sa.or_(locked, sa.and_(jobs.c.queue == queue, without_limits))
+    awaited = jobs.c.slot.op("IN")(sa.literal_column("('awaited', 'offered')"))
     freed = (
         sa.select(jobs.c.id)
         .where(
-            sa.or_(jobs.c.slot.is_not(None), jobs.c.leads_order),  # as the index has it
-            sa.or_(final, sa.and_(jobs.c.status == PENDING, jobs.c.slot == HELD)),
-            sa.or_(sa.and_(jobs.c.slot.is_not(None), of_slot), sa.and_(jobs.c.leads_order, jobs.c.queue == queue)),
+            _ended(jobs),
+            sa.or_(sa.and_(awaited, of_slot), sa.and_(jobs.c.leads_order, jobs.c.queue == queue)),
         )
         .order_by(jobs.c.id)
         .limit(sa.bindparam("limit", type_=sa.Integer()))
@@ -307,7 +362,8 @@ def _pass_on(connection: sa.Connection, tables: Tables, left: Mapping[int, Seque
         # Somebody has locked those that are next: find so many of these jobs again in the next claim.
         jobs = tables.jobs
         connection.execute(
-            sa.update(jobs).where(id_among(jobs.c.id, IDS), jobs.c.status != RUNNING).values(slot=HELD), {"ids": again}
+            sa.update(jobs).where(id_among(jobs.c.id, IDS), jobs.c.status != RUNNING).values(slot=AWAITED),
+            {"ids": again},
         )
     return bool(offered.jobs)
 
@@ -397,7 +453,7 @@ def _offer_idle(connection: sa.Connection, tables: Tables, gates: _Gates) -> boo
         queue_name=gates.queue_name,
         queue=gates.queue,
         tasks=gates.tasks,
-        in_use=_in_use(connection, tables, gates, waiting),
+        in_use=_in_use(connection, tables, gates, waiting),  # they are few
     )
     if not decision.admitted:
         return False
@@ -636,7 +692,17 @@ def _put_tokens(tables: Tables) -> Any:
 # The decision ----------------------------------------------------------------------------------------------
 
 
-def _due(
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What a claim decides about, and by what."""
+
+    candidates: Sequence[Candidate] = ()
+    in_use: InUse = field(default_factory=InUse)
+    tracked_of_tasks: Mapping[str, int] = field(default_factory=dict)  # of the slots in use: their end will be found
+    tracked_of_keys: Mapping[tuple[str, str], int] = field(default_factory=dict)
+
+
+def _look(
     connection: sa.Connection,
     tables: Tables,
     gates: _Gates,
@@ -645,25 +711,69 @@ def _due(
     limit: int,
     flush: bool,
     waited: float,
-) -> list[Candidate]:
-    """Due jobs in the order of claims, locked: those that have been due for `waited` seconds."""
+) -> _Seen:
+    """Due jobs in the order of claims, locked: those that have been due for `waited` seconds. With what is in use."""
+    limited = gates.limited
     parameters: dict[str, Any] = {"of_queue": gates.queue_name, "limit": limit, "waited": waited}
     if tasks is not None:
         parameters["tasks"] = list(tasks)
-    rows = connection.execute(_due_jobs(tables, tasks is not None, flush), parameters)
-    return [
-        Candidate(row.id, row.task, row.concurrency_key, row.ordering_key, row.rate_key, row.slot is not None)
-        for row in {row.id: row for row in rows}.values()
-    ]
+    if limited:
+        parameters["limited"] = limited
+    counts = _Counts(
+        of_queue=gates.holding is None,
+        of_tasks=bool(limited),
+        of_keys=gates.keyed,
+        of_order=gates.ordered,
+    )
+    found = connection.execute(_look_at_jobs(tables, tasks is not None, flush, counts), parameters)
+    rows = list({row[0]: row for row in found}.values())  # a lane that comes into being meanwhile may be seen twice
+    if not rows:
+        return _Seen()
+    candidates = [Candidate(*columns, slot in ("awaited", "offered")) for *columns, slot in (row[:6] for row in rows)]
+    of_keys: dict[tuple[str, str], int] = {}
+    tracked_of_keys: dict[tuple[str, str], int] = {}
+    if counts.of_keys:
+        for row in rows:
+            if row.of_key:
+                key = (row[1], row[2])
+                tracked_of_keys[key], of_keys[key] = divmod(row.of_key, TRACKED)
+    of_tasks: dict[str, int] = {}
+    tracked_of_tasks: dict[str, int] = {}
+    if counts.of_tasks:
+        for task, count in json.loads(rows[0].of_tasks or "{}").items():
+            tracked_of_tasks[task], of_tasks[task] = divmod(count, TRACKED)
+    leaders: dict[str, int] = {}
+    if counts.of_order:
+        leaders = {row[3]: row.leader for row in rows if row[3] is not None}
+    elif keys := {job.ordering_key for job in candidates if job.ordering_key is not None}:
+        leaders = _leaders_of(connection, tables, gates.queue_name, keys)  # put there by plain SQL
+    in_use = InUse(
+        rows[0].of_queue if counts.of_queue else 0,
+        of_tasks,
+        of_keys,
+        _tokens_for(connection, tables, gates, candidates),
+        leaders,
+    )
+    return _Seen(candidates, in_use, tracked_of_tasks, tracked_of_keys)
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """What a look has to count."""
+
+    of_queue: bool
+    of_tasks: bool
+    of_keys: bool
+    of_order: bool
 
 
 @cache
-def _due_jobs(tables: Tables, of_tasks: bool, flush: bool) -> sa.Select[Any]:
+def _look_at_jobs(tables: Tables, of_tasks: bool, flush: bool, counts: _Counts) -> sa.Select[Any]:
     jobs = tables.jobs
     queue = sa.bindparam("of_queue", type_=sa.Text())
     waited = sa.bindparam("waited", type_=sa.Float())
     columns = [jobs.c.id, jobs.c.task, jobs.c.concurrency_key, jobs.c.ordering_key, jobs.c.rate_key, jobs.c.slot]
-    return dialect.due(
+    candidate = dialect.due(
         tables.dialect_name,
         jobs,
         columns,
@@ -673,13 +783,59 @@ def _due_jobs(tables: Tables, of_tasks: bool, flush: bool) -> sa.Select[Any]:
         ),
         sa.bindparam("limit", type_=sa.Integer()),
         from_marks=False,
-    )
+    ).cte("candidate")
+    looked: list[sa.ColumnElement[Any]] = list(candidate.c)
+    if counts.of_keys:
+        of_key = (
+            _slots_in_use(
+                tables, jobs.c.task == candidate.c.task, jobs.c.concurrency_key == candidate.c.concurrency_key
+            )
+            .correlate(candidate)
+            .scalar_subquery()
+        )
+        looked.append(sa.case((candidate.c.concurrency_key.is_not(None), of_key)).label("of_key"))
+    if counts.of_order:
+        leader = _leader(tables, jobs.c.ordering_key == candidate.c.ordering_key).correlate(candidate).scalar_subquery()
+        looked.append(sa.case((candidate.c.ordering_key.is_not(None), leader)).label("leader"))
+    if counts.of_queue:
+        of_queue = sa.select(sa.func.count()).select_from(jobs).where(*_holds_slot(tables), jobs.c.queue == queue)
+        looked.append(of_queue.scalar_subquery().label("of_queue"))
+    if counts.of_tasks:
+        limited = text_in(jobs.c.task, sa.bindparam("limited", type_=TextArray()))
+        of_each = _slots_in_use(tables, limited).add_columns(jobs.c.task).group_by(jobs.c.task).subquery("of_each")
+        of_tasks_at_all = dialect.object_of(tables.dialect_name, of_each.c.task, of_each.c.n)
+        looked.append(sa.select(of_tasks_at_all).scalar_subquery().label("of_tasks"))
+    return sa.select(*looked)
+
+
+def _slots_in_use(tables: Tables, *conditions: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    """How many slots are in use, plus TRACKED times how many of their holders will be found when they end."""
+    jobs = tables.jobs
+    tracked = sa.func.count().filter(jobs.c.slot == AWAITED) * sa.literal_column(str(TRACKED))
+    return sa.select((sa.func.count() + tracked).label("n")).select_from(jobs).where(*_holds_slot(tables), *conditions)
+
+
+def _holds_slot(tables: Tables) -> list[sa.ColumnElement[bool]]:
+    """A condition on jobs, by index."""
+    conditions: list[Any] = [sa.text(HOLDS_SLOT)]
+    if tables.dialect_name == dialect.SQLITE:
+        conditions.append(sa.text(f"({SLOTS})"))  # does not find by itself that the one implies the other
+    return conditions
+
+
+def _tokens_for(
+    connection: sa.Connection, tables: Tables, gates: _Gates, candidates: Sequence[Candidate]
+) -> dict[Bucket, float]:
+    rates = gates.rates
+    if not rates:
+        return {}
+    wanted: set[Bucket] = {("task", job.task, job.rate_key or "") for job in candidates}
+    wanted.add(("queue", gates.queue_name, ""))
+    return _tokens_of(connection, tables, sorted(bucket for bucket in wanted if bucket[:2] in rates), rates)
 
 
 def _in_use(connection: sa.Connection, tables: Tables, gates: _Gates, candidates: Sequence[Candidate]) -> InUse:
-    """What the decision about these candidates depends on."""
-    if not candidates:
-        return InUse()
+    """What the decision about jobs that wait depends on."""
     of_queue, of_tasks, of_keys = 0, {}, {}
     if gates.holding != []:
         pairs = {
@@ -691,7 +847,7 @@ def _in_use(connection: sa.Connection, tables: Tables, gates: _Gates, candidates
         }
         parameters = {
             "of_queue": gates.queue_name,
-            "tasks": [name for name, limits in gates.tasks.items() if limits.concurrency is not None],
+            "tasks": gates.limited,
             "pairs": json.dumps([{"task": task, "key": key} for task, key in sorted(pairs)]),
         }
         counts = connection.execute(_count_slots(tables, gates.holding is None), parameters)
@@ -702,11 +858,7 @@ def _in_use(connection: sa.Connection, tables: Tables, gates: _Gates, candidates
                 of_tasks[task] = count
             else:
                 of_keys[task, key] = count
-    tokens: dict[Bucket, float] = {}
-    if rates := gates.rates:
-        wanted: set[Bucket] = {("task", job.task, job.rate_key or "") for job in candidates}
-        wanted.add(("queue", gates.queue_name, ""))
-        tokens = _tokens_of(connection, tables, sorted(bucket for bucket in wanted if bucket[:2] in rates), rates)
+    tokens = _tokens_for(connection, tables, gates, candidates)
     ordering_keys = {job.ordering_key for job in candidates if job.ordering_key is not None}
     leaders = _leaders_of(connection, tables, gates.queue_name, ordering_keys) if ordering_keys else {}
     return InUse(of_queue, of_tasks, of_keys, tokens, leaders)
@@ -716,7 +868,7 @@ def _in_use(connection: sa.Connection, tables: Tables, gates: _Gates, candidates
 def _count_slots(tables: Tables, of_queue: bool) -> Any:
     """One row for each limited task, each key of a pair, and for the queue."""
     jobs = tables.jobs
-    holding = [jobs.c.slot == HELD, jobs.c.status == RUNNING]
+    holding = _holds_slot(tables)
     nothing = sa.cast(sa.null(), sa.Text)
     of_tasks = (
         sa.select(jobs.c.task.label("task"), nothing.label("key"), sa.func.count().label("count"))
@@ -743,25 +895,42 @@ def _count_slots(tables: Tables, of_queue: bool) -> Any:
 
 @cache
 def _leaders(tables: Tables) -> sa.Select[Any]:
-    jobs = tables.jobs
     keys = dialect.rows(tables.dialect_name, "turns", sa.column("key", sa.Text))
-    of_key = sa.and_(
-        jobs.c.queue == sa.bindparam("of_queue", type_=sa.Text()),
-        jobs.c.ordering_key == keys.c.key,
-        jobs.c.ordering_key.is_not(None),
+    leader = _leader(tables, tables.jobs.c.ordering_key == keys.c.key).correlate(keys).scalar_subquery()
+    return sa.select(keys.c.key, leader.label("id"))
+
+
+def _leader(tables: Tables, of_key: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    """The job of a key that runs, otherwise the first that is not final. One that was replayed may be earlier than the
+    one that runs."""
+    jobs = tables.jobs
+    return (
+        sa.select(jobs.c.id)
+        .where(jobs.c.queue == sa.bindparam("of_queue", type_=sa.Text()), of_key, sa.text(IN_ORDER))
+        .order_by(jobs.c.status.desc(), jobs.c.id)  # as the index has it
+        .limit(1)
     )
-    one = sa.select(jobs.c.id).limit(1).correlate(keys)
-    # One that was replayed may be earlier than the one that runs.
-    running = one.where(of_key, jobs.c.status == RUNNING).scalar_subquery()
-    first = one.where(of_key, jobs.c.status == PENDING).order_by(jobs.c.id).scalar_subquery()
-    return sa.select(keys.c.key, sa.func.coalesce(running, first).label("id"))
+
+
+def _contended(candidates: Sequence[Candidate], decision: Admission) -> set[tuple[str, str]]:
+    """The slots that jobs have to wait for: task, and what they wait for."""
+    waits = decision.waits
+    if not waits:
+        return set()
+    return {
+        (job.task, what)
+        for job in candidates
+        if (what := waits.get(job.id)) is not None and (what == WAITS_FOR_TASK or what.startswith(WAITS_FOR_KEY))
+    }
 
 
 def _take(
     connection: sa.Connection,
     tables: Tables,
     gates: _Gates,
+    seen: _Seen,
     decision: Admission,
+    contended: Set[tuple[str, str]],
     *,
     queue: str,
     worker: str,
@@ -773,6 +942,10 @@ def _take(
     parameters: dict[str, Any] = {"ids": sorted(decision.admitted), "worker": worker, "token": token, "lease": lease}
     if gates.holding is not None:
         parameters["tasks"] = gates.holding
+    # Behind a job that was offered its slot others may wait.
+    parameters["awaited"] = [
+        job.id for job in seen.candidates if job.tracked or (contended and not contended.isdisjoint(_slots_of(job)))
+    ]
     rows = connection.execute(_take_jobs(tables, gates.holding is None), parameters).all()
     return store.claimed_jobs(rows, queue=queue, worker=worker, token=token)
 
@@ -780,29 +953,105 @@ def _take(
 @cache
 def _take_jobs(tables: Tables, all_hold: bool) -> sa.Update:
     jobs = tables.jobs
-    holds = sa.case((text_in(jobs.c.task, sa.bindparam("tasks", type_=TextArray())), HELD))
+    holds: sa.ColumnElement[Any] = HELD
+    if not all_hold:
+        holds = sa.case((text_in(jobs.c.task, sa.bindparam("tasks", type_=TextArray())), HELD))
+    awaited = id_among(jobs.c.id, sa.bindparam("awaited", type_=IdArray()))
     return (
         sa.update(jobs)
         .where(id_among(jobs.c.id, IDS))
-        .values(store.claim_values(jobs) | {"slot": HELD if all_hold else holds})
+        .values(store.claim_values(jobs) | {"slot": sa.case((awaited, AWAITED), else_=holds)})
         .returning(*store.claimed_columns(jobs))
     )
 
 
 def _set_aside(
-    connection: sa.Connection, tables: Tables, decision: Admission, queue: str, leaders: Mapping[str, int]
+    connection: sa.Connection,
+    tables: Tables,
+    gates: _Gates,
+    seen: _Seen,
+    decision: Admission,
+    contended: Set[tuple[str, str]],
 ) -> dict[int, str]:
     """Move what has to wait out of the way of claims; what each of them waits for."""
     waits = decision.waits
     if decision.behind:
         behind = set(decision.behind.values())
-        led = _lead(connection, tables, queue, {key: leader for key, leader in leaders.items() if leader in behind})
+        leaders = {key: leader for key, leader in seen.in_use.leaders.items() if leader in behind}
+        led = _lead(connection, tables, gates.queue_name, leaders)
         # The row of a leader that is locked may be final in a moment. Those behind it are judged by the next claim.
         waits = {job_id: what for job_id, what in waits.items() if decision.behind.get(job_id) in (None, *led)}
     if waits:
-        document = json.dumps([{"id": job_id, "waits_for": what} for job_id, what in sorted(waits.items())])
-        connection.execute(_wait(tables), {"waits": document})
+        lost = _not_tracked(connection, tables, gates, seen, decision, contended) if contended else ()
+        tasks = {job.id: job.task for job in seen.candidates} if lost else {}
+        rows = [
+            {"id": job_id, "waits_for": what, "again": int(bool(lost) and (tasks[job_id], what) in lost)}
+            for job_id, what in sorted(waits.items())
+        ]
+        connection.execute(_wait(tables), {"waits": json.dumps(rows)})
     return waits
+
+
+def _not_tracked(
+    connection: sa.Connection,
+    tables: Tables,
+    gates: _Gates,
+    seen: _Seen,
+    decision: Admission,
+    contended: Set[tuple[str, str]],
+) -> set[tuple[str, str]]:
+    """Note on those that hold these slots that others wait for their end. Of which slots not all have been noted.
+
+    Some of their rows are locked, or they have ended since they were counted.
+    """
+    admitted = set(decision.admitted)
+    tracked = Counter(slot for job in seen.candidates if job.id in admitted for slot in _slots_of(job))
+    for task, count in seen.tracked_of_tasks.items():
+        tracked[task, WAITS_FOR_TASK] += count
+    for (task, key), count in seen.tracked_of_keys.items():
+        tracked[task, WAITS_FOR_KEY + key] += count
+
+    def missing() -> dict[tuple[str, str], int]:
+        lacks = {slot: gates.slots(slot) - tracked[slot] for slot in contended}
+        return {slot: count for slot, count in lacks.items() if count > 0}
+
+    of_tasks = [{"task": task, "n": n} for (task, what), n in sorted(missing().items()) if what == WAITS_FOR_TASK]
+    if of_tasks:
+        marked = connection.execute(_await(tables, of_keys=False), {"slots": json.dumps(of_tasks)})
+        for row in marked:
+            tracked.update(_slots_of(row))
+    of_keys = [
+        {"task": task, "key": what.removeprefix(WAITS_FOR_KEY), "n": n}
+        for (task, what), n in sorted(missing().items())
+        if what != WAITS_FOR_TASK
+    ]
+    if of_keys:
+        marked = connection.execute(_await(tables, of_keys=True), {"slots": json.dumps(of_keys)})
+        for row in marked:
+            tracked.update(_slots_of(row))
+    return set(missing())
+
+
+@cache
+def _await(tables: Tables, of_keys: bool) -> sa.Update:
+    """Let the end of jobs be found that hold slots of a task, or of a key; so many that none is missed."""
+    jobs = tables.jobs
+    texts = [sa.column(name, sa.Text) for name in (("task", "key") if of_keys else ("task",))]
+    slots = dialect.rows(tables.dialect_name, "slots", *texts, sa.column("n", sa.Integer))
+    same = [jobs.c.task == slots.c.task, *([jobs.c.concurrency_key == slots.c.key] if of_keys else [])]
+    holding = (
+        sa.select(jobs.c.id)
+        .select_from(slots.join(jobs, sa.and_(*same)))
+        .where(*_holds_slot(tables), jobs.c.slot == HELD)
+        .limit(AWAITED_MAX)
+        .with_for_update(of=jobs, skip_locked=True)
+    )
+    return (
+        sa.update(jobs)
+        .where(id_in(jobs.c.id, holding.scalar_subquery()))
+        .values(slot=AWAITED)
+        .returning(jobs.c.task, jobs.c.concurrency_key)
+    )
 
 
 def _pass_on_offers(
@@ -816,7 +1065,7 @@ def _pass_on_offers(
     left = {
         job.id: [slot for slot in _slots_of(job) if slot[1] != waits[job.id]]
         for job in candidates
-        if job.offered and waits.get(job.id, WAITS_FOR_TASK) != WAITS_FOR_TASK
+        if job.tracked and waits.get(job.id, WAITS_FOR_TASK) != WAITS_FOR_TASK
     }
     if not left:
         return False
@@ -862,8 +1111,17 @@ def _lead_jobs(tables: Tables) -> sa.Update:
 @cache
 def _wait(tables: Tables) -> sa.Update:
     jobs = tables.jobs
-    waits = dialect.rows(tables.dialect_name, "waits", sa.column("id", sa.BigInteger), sa.column("waits_for", sa.Text))
-    return sa.update(jobs).where(jobs.c.id == waits.c.id).values(waits_for=waits.c.waits_for)
+    waits = dialect.rows(
+        tables.dialect_name,
+        "waits",
+        sa.column("id", sa.BigInteger),
+        sa.column("waits_for", sa.Text),
+        sa.column("again", sa.Integer),
+    )
+    # A job that has slot = 'awaited' while it is pending is taken for one that ended: the next claim offers what it
+    # waits for, though nobody was seen to leave it.
+    again = sa.case((waits.c.again == sa.literal_column("1"), AWAITED), else_=jobs.c.slot)
+    return sa.update(jobs).where(jobs.c.id == waits.c.id).values(waits_for=waits.c.waits_for, slot=again)
 
 
 # Settings --------------------------------------------------------------------------------------------------
@@ -986,9 +1244,9 @@ def _count_running(connection: sa.Connection, tables: Tables, scope: Scope, name
     # A worker that ends several of them takes them in an order of its own: let it go first when we meet half-way.
     for _ in range(COUNT_TRIES):
         with suppress(LockNotWon), waiting_at_most(connection, COUNT_WAITS_SECONDS):
-            connection.execute(held.values(slot=HELD))
+            connection.execute(held.values(slot=AWAITED))
             return
-    connection.execute(held.values(slot=HELD))
+    connection.execute(held.values(slot=AWAITED))
 
 
 def _raise(connection: sa.Connection, tables: Tables, task: str, before: Limits, wanted: Limits) -> None:
@@ -1097,9 +1355,8 @@ def passing_on(connection: sa.Connection, tables: Tables, job_id: int) -> Iterat
 def are_done_with(tables: Tables) -> sa.ColumnElement[bool]:
     """A condition on final jobs: no claim has still to find that they ended, so that they may be deleted."""
     jobs, limits = tables.jobs, tables.limits
-    found = sa.and_(jobs.c.slot.is_(None), sa.not_(jobs.c.leads_order))
     names = sa.or_(
         sa.and_(limits.c.scope == QUEUE, limits.c.name == jobs.c.queue),
         sa.and_(limits.c.scope == TASK, limits.c.name == jobs.c.task),
     )
-    return sa.or_(found, ~sa.exists().where(names, store.are_kept(limits)))
+    return sa.or_(store.nobody_waits_for(jobs), ~sa.exists().where(names, store.are_kept(limits)))

@@ -90,7 +90,7 @@ def _delete_alike(tables: Tables) -> Any:
         .where(
             id_among(jobs.c.id, IDS),
             jobs.c.claim_token == sa.bindparam("token", type_=sa.Uuid()),
-            _nobody_waits_for(jobs),
+            store.nobody_waits_for(jobs),
         )
         .returning(jobs.c.id, sa.or_(jobs.c.unique_key.is_not(None), jobs.c.cancel_requested_at.is_not(None)))
     )
@@ -99,11 +99,6 @@ def _delete_alike(tables: Tables) -> Any:
 @cache
 def _delete_events(tables: Tables) -> sa.Delete:
     return sa.delete(tables.job_events).where(id_among(tables.job_events.c.job_id, IDS))
-
-
-def _nobody_waits_for(jobs: sa.Table) -> sa.ColumnElement[bool]:
-    """The end of the job need not be seen by a claim under limits."""
-    return sa.and_(jobs.c.slot.is_(None), sa.not_(jobs.c.leads_order))
 
 
 def _complete(connection: sa.Connection, tables: Tables, transitions: Sequence[Transition]) -> set[int]:
@@ -188,7 +183,7 @@ def _due_to_prune(tables: Tables) -> sa.Select[Any]:
     return (
         sa.select(jobs.c.id, jobs.c.task, jobs.c.status, jobs.c.unique_key)
         # The status, because a job that plain SQL put back to pending must not be lost.
-        .where(jobs.c.prune_at <= now(), jobs.c.status.op("IN")(FINAL), _nobody_waits_for(jobs))
+        .where(jobs.c.prune_at <= now(), jobs.c.status.op("IN")(FINAL), store.nobody_waits_for(jobs))
         .order_by(jobs.c.prune_at)
         .limit(sa.bindparam("limit", type_=sa.Integer()))
         .with_for_update(skip_locked=True)

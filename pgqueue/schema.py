@@ -87,7 +87,7 @@ DOMAINS = (
         "slot_state",
         "text",
         "ck_jobs_slot",
-        "VALUE IN ('held', 'offered')",
+        "VALUE IN ('held', 'awaited', 'offered')",
         ("slot",),
         "pgqueue: how far a job has a slot of a limit",
     ),
@@ -265,8 +265,8 @@ def _jobs(metadata: sa.MetaData, prefix: str) -> sa.Table:
         sa.Column(
             "slot",
             sa.Text,
-            *_check_on_sqlite(prefix, "slot IN ('held', 'offered')", name="slot"),
-            comment="of a limit: held since its claim, or offered; cleared by a claim that finds it ended",
+            *_check_on_sqlite(prefix, "slot IN ('held', 'awaited', 'offered')", name="slot"),
+            comment="of a limit: held since its claim, awaited when others wait for its end, or offered",
         ),
         sa.Column(
             "leads_order",
@@ -310,7 +310,7 @@ def _jobs(metadata: sa.MetaData, prefix: str) -> sa.Table:
         _partial(prefix, "dead", "id", where="status = 'dead'"),
         _partial(prefix, "cancelled", "id", where="status = 'cancelled'"),
         # Limits: how many jobs hold a slot, which slots came free, and who is next. Jobs without limits are in none.
-        _partial(prefix, "slots", "status", "slot", "task", "concurrency_key", where="slot IS NOT NULL OR leads_order"),
+        _partial(prefix, "slots", "status", "task", "concurrency_key", where=SLOTS),
         _partial(
             prefix,
             "waiting",
@@ -326,9 +326,9 @@ def _jobs(metadata: sa.MetaData, prefix: str) -> sa.Table:
             "order",
             "queue",
             "ordering_key",
-            "status",
+            sa.desc("status"),
             "id",
-            where="ordering_key IS NOT NULL AND status IN ('pending', 'running')",
+            where=IN_ORDER,
         ),
         _partial(prefix, "expiry", "expires_at", where="expires_at IS NOT NULL AND status = 'pending'"),
         _partial(prefix, "cancelling", "claimed_by", where="cancel_requested_at IS NOT NULL AND status = 'running'"),
@@ -395,6 +395,21 @@ def _are_readable(*columns: str, flat: bool) -> str:
 
 #: The predicate of the index that claims go by.
 CLAIMABLE = "status = 'pending' AND waits_for IS NULL"
+
+#: Jobs that count: they hold a slot.
+HOLDS_SLOT = "status = 'running' AND slot IS NOT NULL"
+
+#: Jobs that others wait for, and that hold or lead no more.
+ENDED = (
+    "status IN ('completed', 'dead', 'cancelled') AND (slot IN ('awaited', 'offered') OR leads_order)"
+    " OR status = 'pending' AND slot = 'awaited'"
+)
+
+#: The predicate of the index of both.
+SLOTS = f"{HOLDS_SLOT} OR {ENDED}"
+
+#: The predicate of the index of ordering keys.
+IN_ORDER = "ordering_key IS NOT NULL AND status IN ('pending', 'running')"
 
 #: The predicate of the unique index; an ON CONFLICT has to repeat it.
 OPEN_WITH_KEY = "unique_key IS NOT NULL AND status IN ('pending', 'running')"

@@ -60,6 +60,7 @@ RUNNING: sa.ColumnClause[str] = sa.literal_column("'running'")
 COMPLETED: sa.ColumnClause[str] = sa.literal_column("'completed'")
 DEAD: sa.ColumnClause[str] = sa.literal_column("'dead'")
 CANCELLED: sa.ColumnClause[str] = sa.literal_column("'cancelled'")
+HELD: sa.ColumnClause[str] = sa.literal_column("'held'")
 
 #: The columns by which jobs share limits.
 LIMIT_KEYS = ("concurrency_key", "ordering_key", "rate_key")
@@ -402,7 +403,7 @@ def replace_pending(connection: sa.Connection, tables: Tables, job: NewJob, acto
     One that others wait behind, or that was offered a slot, keeps its queue and keys: they are found by these.
     """
     jobs = tables.jobs
-    is_free = sa.and_(jobs.c.slot.is_(None), sa.not_(jobs.c.leads_order))
+    is_free = nobody_waits_for(jobs)
     moved = {"queue": job.queue, **{name: getattr(job, name) for name in LIMIT_KEYS}}
     replaced = connection.execute(
         sa.update(jobs)
@@ -595,6 +596,11 @@ def has_limits(tables: Tables, queue: sa.BindParameter[str], of_tasks: bool) -> 
 
     names = [text_in(limits.c.name, sa.bindparam("tasks", type_=TextArray()))] if of_tasks else []
     return sa.or_(there_are("queue", limits.c.name == queue), there_are("task", *names))
+
+
+def nobody_waits_for(jobs: sa.Table) -> sa.ColumnElement[bool]:
+    """No claim has to find that the job ended, or which keys it had."""
+    return sa.and_(sa.func.coalesce(jobs.c.slot, HELD) == HELD, sa.not_(jobs.c.leads_order))
 
 
 def are_kept(limits: sa.Table) -> sa.ColumnElement[bool]:

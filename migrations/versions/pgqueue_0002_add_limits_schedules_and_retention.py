@@ -79,7 +79,7 @@ DOMAINS = [
         "slot_state",
         "text",
         "ck_jobs_slot",
-        "VALUE IN ('held', 'offered')",
+        "VALUE IN ('held', 'awaited', 'offered')",
         ("slot",),
         "pgqueue: how far a job has a slot of a limit",
     ),
@@ -108,11 +108,17 @@ NAMES = "length(queue) BETWEEN 1 AND 128 AND length(task) BETWEEN 1 AND 128"
 
 #: Further indexes of jobs.
 INDEXES: list[tuple[str, list[Any], str]] = [
-    ("slots", ["status", "slot", "task", "concurrency_key"], "slot IS NOT NULL OR leads_order"),
+    (
+        "slots",
+        ["status", "task", "concurrency_key"],
+        "status = 'running' AND slot IS NOT NULL"
+        " OR status IN ('completed', 'dead', 'cancelled') AND (slot IN ('awaited', 'offered') OR leads_order)"
+        " OR status = 'pending' AND slot = 'awaited'",
+    ),
     ("waiting", ["task", "waits_for", sa.text("priority DESC"), "run_at", "id"], "waits_for IS NOT NULL"),
     (
         "order",
-        ["queue", "ordering_key", "status", "id"],
+        ["queue", "ordering_key", sa.text("status DESC"), "id"],
         "ordering_key IS NOT NULL AND status IN ('pending', 'running')",
     ),
     ("expiry", ["expires_at"], "expires_at IS NOT NULL AND status = 'pending'"),
@@ -253,8 +259,8 @@ def _add_columns(schema: str | None, prefix: str) -> None:
         sa.Column(
             "slot",
             sa.Text() if flat else postgresql.DOMAIN("slot_state", sa.Text(), schema=schema),
-            *check_on_sqlite("slot", "slot IN ('held', 'offered')"),
-            comment="of a limit: held since its claim, or offered; cleared by a claim that finds it ended",
+            *check_on_sqlite("slot", "slot IN ('held', 'awaited', 'offered')"),
+            comment="of a limit: held since its claim, awaited when others wait for its end, or offered",
         ),
         sa.Column(
             "leads_order",

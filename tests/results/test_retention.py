@@ -261,7 +261,7 @@ def test_a_deletion_whose_answer_was_lost_counts_as_written(pgq: PgQueue, claime
 
 def test_a_job_that_others_may_wait_for_stays_until_they_were_let_go(pgq: PgQueue, claimed: list[ClaimedJob]) -> None:
     holder, leader, plain, _ = claimed
-    put(pgq, [holder.id], slot="held")
+    put(pgq, [holder.id], slot="awaited")
     put(pgq, [leader.id], leads_order=True)
 
     written = finish(pgq, *(kept(completed(job), 0.0) for job in (holder, leader, plain)))
