@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects.postgresql import psycopg
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
@@ -364,6 +366,33 @@ def object_of(dialect_name: str, key: sa.ColumnElement[str], value: sa.ColumnEle
 
 
 # Statements ------------------------------------------------------------------------------------------------
+
+
+def execute(connection: sa.Connection, statement: sa.Executable, parameters: dict[str, Any]) -> sa.CursorResult[Any]:
+    """As `connection.execute`, for statements that are kept: with psycopg as text, which takes half the client's time.
+
+    What comes back is as the driver gives it.
+    """
+    if connection.dialect.driver != "psycopg":
+        return connection.execute(statement, parameters)
+    compiled, types = _compiled(statement)
+    encoded = {
+        name: types[name].process_bind_param(value, connection.dialect) if name in types else value
+        for name, value in compiled.construct_params(parameters).items()
+    }
+    return connection.exec_driver_sql(compiled.string, encoded)
+
+
+@cache
+def _compiled(statement: Any) -> tuple[SQLCompiler, dict[str, Any]]:
+    dialect_of_psycopg: sa.Dialect = psycopg.dialect()  # type: ignore[no-untyped-call]
+    compiled = statement.compile(dialect=dialect_of_psycopg)
+    decorated = {
+        name: parameter.type
+        for name, parameter in compiled.binds.items()
+        if isinstance(parameter.type, sa.types.TypeDecorator)
+    }
+    return compiled, decorated
 
 
 def insert(dialect_name: str, table: sa.Table) -> Any:

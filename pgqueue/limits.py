@@ -83,6 +83,9 @@ AWAITED: sa.ColumnClause[str] = sa.literal_column("'awaited'")
 OFFERED: sa.ColumnClause[str] = sa.literal_column("'offered'")
 FINAL: sa.ColumnClause[str] = sa.literal_column("(" + ", ".join(f"'{status}'" for status in FINAL_STATUSES) + ")")
 
+#: Jobs that others wait for, and that hold or lead no more.
+_ENDED = sa.text(f"({ENDED})")
+
 #: The limits that concern claims.
 _OF_CLAIMS = ("concurrency", "key_concurrency", "rate", "burst", "promote_after")
 
@@ -174,7 +177,7 @@ def claim(
     found_freed = _offer_freed(connection, tables, gates) if gates.something_ended else False
     looked = gates.something_ended
     _let_go(connection, tables, gates)
-    tokens_come = [_offer_tokens(connection, tables, gates)] if gates.rates else []
+    tokens_come: list[float | None] = []
     claimed: list[ClaimedJob] = []
     promoting = gates.queue is not None and gates.queue.promote_after is not None
     looked_for_idle = False
@@ -190,16 +193,32 @@ def claim(
             flush=flush,
             waited=(gates.queue.promote_after or 0.0) if promoting and gates.queue else 0.0,
         )
+        if not number and gates.rates:
+            next_token, offered = _offer_tokens(connection, tables, gates, seen.awaited)
+            tokens_come.append(next_token)
+            if offered:
+                continue
         decision = admit(
             seen.candidates, want=want, queue_name=queue, queue=gates.queue, tasks=gates.tasks, in_use=seen.in_use
         )
         contended = _contended(seen.candidates, decision)
+        spent, next_token = _spent(gates, decision, seen.in_use.tokens)
+        tokens_come.append(next_token)
         claimed += _take(
-            connection, tables, gates, seen, decision, contended, queue=queue, worker=worker, token=token, lease=lease
+            connection,
+            tables,
+            gates,
+            seen,
+            decision,
+            contended,
+            spent,
+            queue=queue,
+            worker=worker,
+            token=token,
+            lease=lease,
         )
         set_aside = _set_aside(connection, tables, gates, seen, decision, contended)
         passed_on = _pass_on_offers(connection, tables, seen.candidates, set_aside)
-        tokens_come.append(_spend(connection, tables, gates, decision, seen.in_use.tokens))
         if len(claimed) == limit or len(decision.admitted) + len(decision.waits) < len(seen.candidates):
             break  # it has what it wants, or what the queue's own limits allow
         if len(seen.candidates) < at_most and not passed_on:
@@ -236,7 +255,7 @@ def _are_kept(tables: Tables, of_tasks: bool) -> sa.Select[Any]:
 def _lock(connection: sa.Connection, tables: Tables, queue: str, tasks: Sequence[str] | None) -> _Gates | None:
     """Lock the limits of a queue and of the tasks, in one order; None when there are none to keep."""
     parameters = {"of_queue": queue, **({} if tasks is None else {"tasks": list(tasks)})}
-    rows = connection.execute(_lock_limits(tables, tasks is not None), parameters).all()
+    rows = dialect.execute(connection, _lock_limits(tables, tasks is not None), parameters).all()
     if not rows:
         return None
     limits = {(row.scope, row.name): Limits(**{name: getattr(row, name) for name in _OF_CLAIMS}) for row in rows}
@@ -257,29 +276,15 @@ def _lock_limits(tables: Tables, of_tasks: bool) -> sa.Select[Any]:
     if of_tasks:
         of_task = sa.and_(of_task, text_in(limits.c.name, sa.bindparam("tasks", type_=TextArray())))
     of_queue = sa.and_(limits.c.scope == QUEUE, limits.c.name == sa.bindparam("of_queue", type_=sa.Text()))
-    jobs = tables.jobs
-    ended: sa.Select[Any] = sa.select(sa.literal_column("1")).select_from(jobs).where(_ended(jobs))
-    if of_tasks:
-        ended = ended.where(
-            sa.or_(
-                text_in(jobs.c.task, sa.bindparam("tasks", type_=TextArray())),
-                jobs.c.queue == sa.bindparam("of_queue", type_=sa.Text()),
-            )
-        )
+    # Of any task and queue: each condition more costs as much planning as the whole look.
+    ended = sa.exists(sa.select(sa.literal_column("1")).select_from(tables.jobs).where(_ENDED))
     columns = [limits.c[name] for name in ("scope", "name", *_OF_CLAIMS, "ordered", "releasing")]
     return (
-        sa.select(*columns, ended.exists().label("something_ended"))
+        sa.select(*columns, ended.label("something_ended"))
         .where(sa.or_(of_queue, of_task), store.are_kept(limits))
         .order_by(limits.c.scope, limits.c.name)
         .with_for_update(of=limits)
     )
-
-
-def _ended(jobs: sa.Table) -> sa.ColumnElement[bool]:
-    """Jobs that others wait for, and that hold or lead no more. Found by their index."""
-    # The statuses again by themselves, because the index begins with them.
-    statuses = sa.text("status IN ('completed', 'dead', 'cancelled', 'pending')")
-    return sa.and_(statuses, sa.text(f"({ENDED})"), jobs.c.id.is_not(None))
 
 
 # Slots that came free --------------------------------------------------------------------------------------
@@ -308,7 +313,7 @@ def _find_freed(tables: Tables) -> sa.Update:
     freed = (
         sa.select(jobs.c.id)
         .where(
-            _ended(jobs),
+            _ENDED,
             sa.or_(sa.and_(awaited, of_slot), sa.and_(jobs.c.leads_order, jobs.c.queue == queue)),
         )
         .order_by(jobs.c.id)
@@ -547,44 +552,43 @@ def _waits_for_what_was_lifted(tables: Tables) -> sa.ColumnElement[bool]:
 # Tokens ----------------------------------------------------------------------------------------------------
 
 
-def _offer_tokens(connection: sa.Connection, tables: Tables, gates: _Gates) -> float | None:
+def _offer_tokens(
+    connection: sa.Connection, tables: Tables, gates: _Gates, awaited: Sequence[Any]
+) -> tuple[float | None, bool]:
     """Where a token has come that jobs wait for, let as many of these be judged again; seconds until the next one
-    that is still to come."""
+    that is still to come, and whether there was a job for any that came."""
     rates = gates.rates
-    if not rates:
-        return None
-    tasks = [name for scope, name in rates if scope == "task"]
-    awaited = connection.execute(_awaited(tables), {"tasks": tasks, "of_queue": gates.queue_name}).all()
     ripe = [row for row in awaited if row.overdue >= 0 and row.scope == "task"]
-    if ripe:
-        wanted = {}
-        for row in ripe:
-            have = _tokens(row.tokens, row.seconds, *rates["task", row.name])
-            wanted[row.name, WAITS_FOR_RATE + row.key] = max(1, min(int(have), FREED_JOBS_MAX))
-        offered = _offer_slots(connection, tables, wanted)
-        settled = [
-            {"name": name, "key": what.removeprefix(WAITS_FOR_RATE)}
-            for (name, what), tokens in wanted.items()
-            if offered.jobs[name, what] < tokens and not offered.missed[name, what]
-        ]
-        if settled:
-            connection.execute(_settle(tables), {"settled": json.dumps(settled)})
-    return next((-row.overdue for row in awaited if row.overdue < 0), None)
+    next_token = next((-row.overdue for row in awaited if row.overdue < 0), None)
+    if not ripe:
+        return next_token, False
+    wanted = {}
+    for row in ripe:
+        have = _tokens(row.tokens, row.seconds, *rates["task", row.name])
+        wanted[row.name, WAITS_FOR_RATE + row.key] = max(1, min(int(have), FREED_JOBS_MAX))
+    offered = _offer_slots(connection, tables, wanted)
+    settled = [
+        {"name": name, "key": what.removeprefix(WAITS_FOR_RATE)}
+        for (name, what), tokens in wanted.items()
+        if offered.jobs[name, what] < tokens and not offered.missed[name, what]
+    ]
+    if settled:
+        connection.execute(_settle(tables), {"settled": json.dumps(settled)})
+    return next_token, bool(offered.jobs)
 
 
 @cache
-def _awaited(tables: Tables) -> sa.Select[Any]:
-    """Buckets that jobs wait for, by when their next token comes."""
+def _look_at_buckets(tables: Tables) -> Any:
+    """The buckets that are asked for; and those of which jobs wait for a token, with how long that is overdue."""
     buckets = tables.rate_buckets
-    return (
-        sa.select(
-            buckets.c.scope,
-            buckets.c.name,
-            buckets.c.key,
-            buckets.c.tokens,
-            seconds_since(buckets.c.filled_at).label("seconds"),
-            seconds_since(buckets.c.ripe_at).label("overdue"),
-        )
+    names = ("scope", "name", "key")
+    wanted = dialect.rows(tables.dialect_name, "buckets", *(sa.column(name, sa.Text) for name in names))
+    columns = [*(buckets.c[name] for name in (*names, "tokens")), seconds_since(buckets.c.filled_at).label("seconds")]
+    asked = sa.select(*columns, sa.cast(sa.null(), sa.Double).label("overdue")).select_from(
+        wanted.join(buckets, sa.and_(*(buckets.c[name] == wanted.c[name] for name in names)))
+    )
+    awaited = (
+        sa.select(*columns, seconds_since(buckets.c.ripe_at).label("overdue"))
         .where(
             sa.or_(
                 sa.and_(buckets.c.scope == TASK, text_in(buckets.c.name, sa.bindparam("tasks", type_=TextArray()))),
@@ -594,7 +598,9 @@ def _awaited(tables: Tables) -> sa.Select[Any]:
         )
         .order_by(buckets.c.ripe_at)
         .limit(RIPE_BUCKETS_MAX)
+        .subquery("awaited")
     )
+    return sa.union_all(asked, sa.select(awaited))
 
 
 @cache
@@ -615,47 +621,18 @@ def _tokens(left: float, seconds: float, rate: float, burst: int) -> float:
     return min(float(burst), left + max(0.0, seconds) * rate)
 
 
-def _spend(
-    connection: sa.Connection, tables: Tables, gates: _Gates, decision: Admission, have: Mapping[Bucket, float]
-) -> float | None:
-    """Take the tokens that the admitted jobs cost; seconds until the next one that jobs wait for."""
+def _spent(
+    gates: _Gates, decision: Admission, have: Mapping[Bucket, float]
+) -> tuple[list[dict[str, Any]], float | None]:
+    """What is left in the buckets after the admitted jobs have taken theirs; and seconds until the next token that jobs
+    wait for."""
     rows: list[dict[str, Any]] = []
     for bucket in sorted({*decision.spent, *decision.wanting}):
         rate, burst = gates.rates[bucket[:2]]
         left = have.get(bucket, float(burst)) - decision.spent.get(bucket, 0)
         ripe = max(0.0, 1.0 - left) / rate if bucket in decision.wanting else None
         rows.append({"scope": bucket[0], "name": bucket[1], "key": bucket[2], "tokens": left, "ripe": ripe})
-    if not rows:
-        return None
-    connection.execute(_put_tokens(tables), {"buckets": json.dumps(rows)})
-    return min((row["ripe"] for row in rows if row["ripe"] is not None), default=None)
-
-
-def _tokens_of(
-    connection: sa.Connection, tables: Tables, wanted: Iterable[Bucket], rates: _Rates
-) -> dict[Bucket, float]:
-    """What is in those of the buckets that there are; the others are full."""
-    document = json.dumps([dict(zip(("scope", "name", "key"), bucket, strict=True)) for bucket in wanted])
-    return {
-        (row.scope, row.name, row.key): _tokens(row.tokens, row.seconds, *rates[row.scope, row.name])
-        for row in connection.execute(_get_tokens(tables), {"buckets": document})
-    }
-
-
-@cache
-def _get_tokens(tables: Tables) -> sa.Select[Any]:
-    buckets = tables.rate_buckets
-    wanted = dialect.rows(
-        tables.dialect_name, "buckets", *(sa.column(name, sa.Text) for name in ("scope", "name", "key"))
-    )
-    same = [buckets.c[name] == wanted.c[name] for name in ("scope", "name", "key")]
-    return sa.select(
-        buckets.c.scope,
-        buckets.c.name,
-        buckets.c.key,
-        buckets.c.tokens,
-        seconds_since(buckets.c.filled_at).label("seconds"),
-    ).select_from(wanted.join(buckets, sa.and_(*same)))
+    return rows, min((row["ripe"] for row in rows if row["ripe"] is not None), default=None)
 
 
 @cache
@@ -700,6 +677,7 @@ class _Seen:
     in_use: InUse = field(default_factory=InUse)
     tracked_of_tasks: Mapping[str, int] = field(default_factory=dict)  # of the slots in use: their end will be found
     tracked_of_keys: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    awaited: Sequence[Any] = ()  # buckets of which jobs wait for a token
 
 
 def _look(
@@ -724,12 +702,23 @@ def _look(
         of_tasks=bool(limited),
         of_keys=gates.keyed,
         of_order=gates.ordered,
+        of_tokens=bool(gates.rates) and ("queue", gates.queue_name) not in gates.rates,
     )
-    found = connection.execute(_look_at_jobs(tables, tasks is not None, flush, counts), parameters)
-    rows = list({row[0]: row for row in found}.values())  # a lane that comes into being meanwhile may be seen twice
+    found = dialect.execute(connection, _look_at_jobs(tables, tasks is not None, flush, counts), parameters)
+    rows: list[Any] = list(
+        {row[0]: row for row in found}.values()
+    )  # a lane that comes into being meanwhile may be seen twice
+    tokens: dict[Bucket, float] = {}
+    awaited: Sequence[Any] = ()
+    if counts.of_tokens and rows and not rows[0].tokens_awaited:
+        tokens = _tokens_seen(rows, gates.rates)
+    elif gates.rates:
+        tokens, awaited = _look_at_tokens(connection, tables, gates, rows)
     if not rows:
-        return _Seen()
-    candidates = [Candidate(*columns, slot in ("awaited", "offered")) for *columns, slot in (row[:6] for row in rows)]
+        return _Seen(awaited=awaited)
+    candidates = [
+        Candidate(row[0], row[1], row[2], row[3], row[4], row[5] == "offered" or row[5] == "awaited") for row in rows
+    ]
     of_keys: dict[tuple[str, str], int] = {}
     tracked_of_keys: dict[tuple[str, str], int] = {}
     if counts.of_keys:
@@ -751,10 +740,10 @@ def _look(
         rows[0].of_queue if counts.of_queue else 0,
         of_tasks,
         of_keys,
-        _tokens_for(connection, tables, gates, candidates),
+        tokens,
         leaders,
     )
-    return _Seen(candidates, in_use, tracked_of_tasks, tracked_of_keys)
+    return _Seen(candidates, in_use, tracked_of_tasks, tracked_of_keys, awaited)
 
 
 @dataclass(frozen=True)
@@ -765,6 +754,7 @@ class _Counts:
     of_tasks: bool
     of_keys: bool
     of_order: bool
+    of_tokens: bool
 
 
 @cache
@@ -805,6 +795,17 @@ def _look_at_jobs(tables: Tables, of_tasks: bool, flush: bool, counts: _Counts) 
         of_each = _slots_in_use(tables, limited).add_columns(jobs.c.task).group_by(jobs.c.task).subquery("of_each")
         of_tasks_at_all = dialect.object_of(tables.dialect_name, of_each.c.task, of_each.c.n)
         looked.append(sa.select(of_tasks_at_all).scalar_subquery().label("of_tasks"))
+    if counts.of_tokens:
+        buckets = tables.rate_buckets
+        same = [
+            buckets.c.scope == TASK,
+            buckets.c.name == candidate.c.task,
+            buckets.c.key == sa.func.coalesce(candidate.c.rate_key, sa.literal_column("''")),
+        ]
+        for column in (buckets.c.tokens, seconds_since(buckets.c.filled_at).label("seconds")):
+            looked.append(sa.select(column).where(*same).correlate(candidate).scalar_subquery().label(column.name))
+        awaited = sa.exists().where(buckets.c.ripe_at.is_not(None))  # by whomever: see _look_at_buckets
+        looked.append(awaited.label("tokens_awaited"))
     return sa.select(*looked)
 
 
@@ -823,15 +824,39 @@ def _holds_slot(tables: Tables) -> list[sa.ColumnElement[bool]]:
     return conditions
 
 
-def _tokens_for(
-    connection: sa.Connection, tables: Tables, gates: _Gates, candidates: Sequence[Candidate]
-) -> dict[Bucket, float]:
+def _tokens_seen(jobs: Iterable[Any], rates: _Rates) -> dict[Bucket, float]:
+    tokens: dict[Bucket, float] = {}
+    for job in jobs:
+        if job.tokens is not None and ("task", job.task) in rates:
+            tokens["task", job.task, job.rate_key or ""] = _tokens(job.tokens, job.seconds, *rates["task", job.task])
+    return tokens
+
+
+def _look_at_tokens(
+    connection: sa.Connection, tables: Tables, gates: _Gates, jobs: Iterable[Any]
+) -> tuple[dict[Bucket, float], Sequence[Any]]:
+    """What is in those of the jobs' buckets that there are, the others are full; and the buckets of which jobs wait
+    for a token, by when it comes."""
     rates = gates.rates
     if not rates:
-        return {}
-    wanted: set[Bucket] = {("task", job.task, job.rate_key or "") for job in candidates}
+        return {}, ()
+    wanted: set[Bucket] = {("task", job.task, job.rate_key or "") for job in jobs}
     wanted.add(("queue", gates.queue_name, ""))
-    return _tokens_of(connection, tables, sorted(bucket for bucket in wanted if bucket[:2] in rates), rates)
+    document = [
+        dict(zip(("scope", "name", "key"), bucket, strict=True)) for bucket in sorted(wanted) if bucket[:2] in rates
+    ]
+    parameters = {
+        "buckets": json.dumps(document),
+        "tasks": [name for scope, name in rates if scope == "task"],
+        "of_queue": gates.queue_name,
+    }
+    rows = dialect.execute(connection, _look_at_buckets(tables), parameters).all()
+    tokens = {
+        (row.scope, row.name, row.key): _tokens(row.tokens, row.seconds, *rates[row.scope, row.name])
+        for row in rows
+        if row.overdue is None
+    }
+    return tokens, sorted((row for row in rows if row.overdue is not None), key=lambda row: -row.overdue)
 
 
 def _in_use(connection: sa.Connection, tables: Tables, gates: _Gates, candidates: Sequence[Candidate]) -> InUse:
@@ -858,7 +883,7 @@ def _in_use(connection: sa.Connection, tables: Tables, gates: _Gates, candidates
                 of_tasks[task] = count
             else:
                 of_keys[task, key] = count
-    tokens = _tokens_for(connection, tables, gates, candidates)
+    tokens, _ = _look_at_tokens(connection, tables, gates, candidates)
     ordering_keys = {job.ordering_key for job in candidates if job.ordering_key is not None}
     leaders = _leaders_of(connection, tables, gates.queue_name, ordering_keys) if ordering_keys else {}
     return InUse(of_queue, of_tasks, of_keys, tokens, leaders)
@@ -931,12 +956,17 @@ def _take(
     seen: _Seen,
     decision: Admission,
     contended: Set[tuple[str, str]],
+    spent: Sequence[Mapping[str, Any]],
     *,
     queue: str,
     worker: str,
     token: uuid.UUID,
     lease: float,
 ) -> list[ClaimedJob]:
+    """Claim the admitted jobs, and take the tokens that they cost."""
+    together = bool(spent and decision.admitted) and tables.dialect_name == dialect.POSTGRESQL
+    if spent and not together:
+        connection.execute(_put_tokens(tables), {"buckets": json.dumps(spent)})
     if not decision.admitted:
         return []
     parameters: dict[str, Any] = {"ids": sorted(decision.admitted), "worker": worker, "token": token, "lease": lease}
@@ -946,23 +976,26 @@ def _take(
     parameters["awaited"] = [
         job.id for job in seen.candidates if job.tracked or (contended and not contended.isdisjoint(_slots_of(job)))
     ]
-    rows = connection.execute(_take_jobs(tables, gates.holding is None), parameters).all()
+    if together:
+        parameters["buckets"] = json.dumps(spent)
+    rows = dialect.execute(connection, _take_jobs(tables, gates.holding is None, together), parameters).all()
     return store.claimed_jobs(rows, queue=queue, worker=worker, token=token)
 
 
 @cache
-def _take_jobs(tables: Tables, all_hold: bool) -> sa.Update:
+def _take_jobs(tables: Tables, all_hold: bool, spending: bool) -> sa.Update:
     jobs = tables.jobs
     holds: sa.ColumnElement[Any] = HELD
     if not all_hold:
         holds = sa.case((text_in(jobs.c.task, sa.bindparam("tasks", type_=TextArray())), HELD))
     awaited = id_among(jobs.c.id, sa.bindparam("awaited", type_=IdArray()))
-    return (
+    take = (
         sa.update(jobs)
         .where(id_among(jobs.c.id, IDS))
         .values(store.claim_values(jobs) | {"slot": sa.case((awaited, AWAITED), else_=holds)})
         .returning(*store.claimed_columns(jobs))
     )
+    return take.add_cte(_put_tokens(tables).cte("spent")) if spending else take
 
 
 def _set_aside(

@@ -79,16 +79,16 @@ def test_a_leader_that_gets_another_key_at_that_moment_leaves_nobody_behind_it(
     with pg.begin() as connection:
         leader = leading.using(ordering_key="a").enqueue(connection)
     (behind,) = put(pg, task, ordering_key="a")
-    find_leaders = limits._leaders_of
+    look = limits._look
 
-    def find_leaders_and_be_overtaken(*arguments: Any) -> dict[str, int]:
-        found = find_leaders(*arguments)
-        monkeypatch.setattr(limits, "_leaders_of", find_leaders)
+    def look_and_be_overtaken(*arguments: Any, **options: Any) -> Any:
+        seen = look(*arguments, **options)
+        monkeypatch.setattr(limits, "_look", look)
         with pg.begin() as connection:
             assert leading.using(**change).enqueue(connection).id == leader.id
-        return found
+        return seen
 
-    monkeypatch.setattr(limits, "_leaders_of", find_leaders_and_be_overtaken)
+    monkeypatch.setattr(limits, "_look", look_and_be_overtaken)
     started = claim(pg) + claim(pg)
 
     assert ids(started) == [behind]

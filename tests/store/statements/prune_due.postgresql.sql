@@ -2,7 +2,7 @@ SELECT pgqueue.jobs.id, pgqueue.jobs.task, pgqueue.jobs.status, pgqueue.jobs.uni
 FROM pgqueue.jobs
 WHERE pgqueue.jobs.prune_at <= now()
 AND (pgqueue.jobs.status IN ('completed', 'dead', 'cancelled'))
-AND pgqueue.jobs.slot IS NULL
+AND coalesce(pgqueue.jobs.slot, 'held') = 'held'
 AND NOT pgqueue.jobs.leads_order
 ORDER BY pgqueue.jobs.prune_at
 LIMIT %(limit)s::INTEGER

@@ -2,7 +2,7 @@ SELECT pgqueue_jobs.id, pgqueue_jobs.task, pgqueue_jobs.status, pgqueue_jobs.uni
 FROM pgqueue_jobs
 WHERE pgqueue_jobs.prune_at <= strftime('%Y-%m-%d %H:%M:%f', 'now')
 AND (pgqueue_jobs.status IN ('completed', 'dead', 'cancelled'))
-AND pgqueue_jobs.slot IS NULL
+AND coalesce(pgqueue_jobs.slot, 'held') = 'held'
 AND pgqueue_jobs.leads_order = 0
 ORDER BY pgqueue_jobs.prune_at
 LIMIT ? OFFSET ?;
