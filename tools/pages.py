@@ -84,9 +84,10 @@ def commands_page() -> str:
     lines = [
         "# Command line",
         "",
-        "Made from the help of the commands themselves. Data goes to stdout, everything else to stderr. Every setting "
-        "that has a variable can stand in a file as well: [settings](../settings.md). What the commands are for, at a "
-        "glance: [in production](../operating.md#the-commands-of-a-day).",
+        "Made from the help of the commands themselves. Every command also takes the options of `pgqueue`, and "
+        "`--help`. Data goes to stdout, everything else to stderr. Every setting that has a variable can stand in a "
+        "file as well: [settings](../settings.md). What the commands are for, at a glance: "
+        "[in production](../operating.md#the-commands-of-a-day).",
         "",
         *_section("pgqueue", program, ()),
     ]
@@ -151,7 +152,7 @@ def _option_row(option: Any) -> str:
     names = ", ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts))
     value = f" {_cell(option.metavar)}" if option.metavar and not option.is_flag else ""
     default = option.show_default if isinstance(option.show_default, str) else option.default
-    shown = "" if default is None or option.is_flag or callable(default) else str(default)
+    shown = "" if default is None or option.is_flag or option.count or callable(default) else str(default)
     return f"| {names}{value} | {_cell(option.help)} | {_cell(shown)} |"
 
 
