@@ -192,6 +192,21 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert tests == set(testing.__all__)
 
 
+def test_what_pages_import_from_single_modules_is_in_the_reference() -> None:
+    reference = "".join(path.read_text() for path in (DOCS / "reference").glob("*.md"))
+    imports = re.compile(r"^from (pgqueue\.\w+) import (.+)$", re.MULTILINE)
+
+    imported = {
+        f"{module}.{name}"
+        for page in (*DOCS.rglob("*.md"), PROJECT / "README.md")
+        for module, names in imports.findall(page.read_text())
+        for name in names.split(", ")
+    }
+
+    assert len(imported) >= 3
+    assert {name for name in imported if f"::: {name}\n" not in reference} == set()
+
+
 def test_the_glossary_has_every_word_of_the_readme_in_order() -> None:
     words = [row[0] for row in table_below(DOCS / "glossary.md", "Glossary")]
     of_readme = {
