@@ -78,7 +78,7 @@ class Consumer(Limiter):
         names = None if tasks is None else checked_tasks(tasks)
         checked_limit(limit)
         seconds = lease_seconds(lease)
-        if not self._limits_declared and self.declared_limits:
+        if not self._limits_declared and (self.declared_limits or self._keeps_dead):
             yield from self._declare_limits(None)
         claimed: list[ClaimedJob] | None = None
         for sweeps in (True, False):

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from pgqueue.dialect import id_in, json_of, now
 from pgqueue.job import EXPIRED, EventType, JobStatus
 from pgqueue.schema import Tables
-from pgqueue.store import DEAD, PENDING, record_all
+from pgqueue.store import DEAD, PENDING, prune_at_of_dead, record_all
 
 #: The most jobs that one statement finds expired.
 EXPIRE_JOBS_MAX = 500
@@ -53,6 +53,7 @@ def _expire(tables: Tables) -> sa.Update:
             status=DEAD,
             finished_at=now(),
             waits_for=sa.null(),
+            prune_at=prune_at_of_dead(tables),
             error=json_of(sa.literal(json.dumps(EXPIRED.as_dict()), sa.Text())),
         )
         .returning(jobs.c.id, jobs.c.queue, jobs.c.task, jobs.c.attempt)

@@ -8,7 +8,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from pgqueue import limits
+from pgqueue import limits, retention
 from pgqueue.actor import who, why
 from pgqueue.admission import Limits
 from pgqueue.config import DEFAULT_QUEUE
@@ -25,8 +25,8 @@ class Limiter(Registry):
     _limits_declared = False
 
     def declare_limits(self, tasks: Iterable[str] | None = None) -> None:
-        """Make the limits known that the code declares, unless somebody changed them since. Workers do so when they
-        start, and consumers at their first `claim`.
+        """Make the limits known that the code declares, unless somebody changed them since, and how long dead jobs of
+        its tasks are kept. Workers do so when they start, and consumers at their first `claim`.
 
         tasks: the names of those whose limits, if the code declares none, were lifted in it; all tasks unless given.
         """
@@ -38,10 +38,19 @@ class Limiter(Registry):
 
     def _declare_limits(self, tasks: Iterable[str] | None) -> Steps[None]:
         declared, names = self.declared_limits, list(self.tasks if tasks is None else tasks)
+        keep_dead = {name: self.tasks[name].definition.keep_dead for name in names if name in self.tasks}
         outdated = yield from look(lambda connection: limits.outdated(connection, self.tables, declared, names))
         if outdated:
             yield from change(lambda connection: limits.declare(connection, self.tables, outdated))
+        unknown = yield from look(lambda connection: retention.outdated(connection, self.tables, keep_dead))
+        if unknown:
+            yield from change(lambda connection: retention.declare(connection, self.tables, unknown))
         self._limits_declared = True
+
+    @property
+    def _keeps_dead(self) -> bool:
+        """Whether a task says how long its dead jobs are kept."""
+        return any(task.definition.keep_dead is not None for task in self.tasks.values())
 
     def list_limits(self) -> list[LimitsRow]:
         """The limits of queues and tasks that are kept now."""

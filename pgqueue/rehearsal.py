@@ -138,10 +138,10 @@ class Rehearsal:
         outdated = limits.outdated(connection, tables, self._pgq.declared_limits, list(self._definitions))
         if outdated:
             limits.declare(connection, tables, outdated)
-        keep_dead = {d.name: d.keep_dead for d in self._definitions.values() if d.keep_dead is not None}
+        keep_dead = {name: definition.keep_dead for name, definition in self._definitions.items()}
+        retention.declare(connection, tables, retention.outdated(connection, tables, keep_dead))
         swept = store.sweep(connection, tables, limit=ALL, actor=self._worker)
         expired = expiry.expire(connection, tables, actor=self._worker, limit=ALL)
-        retention.keep_dead_of_tasks(connection, tables, [*swept.dead, *expired], keep_dead)
         self.report.swept += swept.count
         self.report.dead += len(swept.dead) + len(expired)
         self.report.cancelled += len(swept.cancelled)

@@ -9,7 +9,7 @@ one stays a moment longer if others may wait for it (`limits`): it is deleted on
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -143,26 +143,37 @@ def keep_dead(connection: sa.Connection, tables: Tables, seconds: Mapping[int, f
     for job_id, keep in seconds.items():
         by_seconds.setdefault(keep, []).append(job_id)
     for keep, ids in by_seconds.items():
-        connection.execute(_keep_dead(tables, False), {"ids": sorted(ids), "keep": keep})
-
-
-def keep_dead_of_tasks(
-    connection: sa.Connection, tables: Tables, ids: Collection[int], seconds: Mapping[str, float]
-) -> None:
-    """Likewise for those of the jobs that belong to these tasks: seconds by task."""
-    for task, keep in seconds.items() if ids else ():
-        connection.execute(_keep_dead(tables, True), {"ids": sorted(ids), "keep": keep, "of_task": task})
+        connection.execute(_keep_dead(tables), {"ids": sorted(ids), "keep": keep})
 
 
 @cache
-def _keep_dead(tables: Tables, of_task: bool) -> sa.Update:
+def _keep_dead(tables: Tables) -> sa.Update:
     jobs = tables.jobs
-    conditions = [jobs.c.task == sa.bindparam("of_task", type_=sa.Text())] if of_task else []
     return (
         sa.update(jobs)
-        .where(id_among(jobs.c.id, IDS), jobs.c.status == DEAD, *conditions)
+        .where(id_among(jobs.c.id, IDS), jobs.c.status == DEAD)
         .values(prune_at=seconds_from_now(sa.bindparam("keep", type_=sa.Double())))
     )
+
+
+def outdated(
+    connection: sa.Connection, tables: Tables, keep_dead: Mapping[str, float | None]
+) -> dict[str, float | None]:
+    """Of how long dead jobs of these tasks are kept: what the database does not know yet."""
+    limits = tables.limits
+    of_tasks = sa.select(limits.c.name, limits.c.keep_dead).where(limits.c.scope == "task")
+    known = {row.name: row.keep_dead for row in connection.execute(of_tasks)}
+    return {task: keep_dead[task] for task in sorted(keep_dead) if known.get(task) != keep_dead[task]}
+
+
+def declare(connection: sa.Connection, tables: Tables, keep_dead: Mapping[str, float | None]) -> None:
+    """Make known how long dead jobs of these tasks are kept: to whoever sweeps one, or finds it expired."""
+    limits = tables.limits
+    for task, seconds in keep_dead.items():
+        put = dialect.insert(tables.dialect_name, limits).values(scope="task", name=task, keep_dead=seconds)
+        connection.execute(
+            put.on_conflict_do_update(index_elements=[limits.c.scope, limits.c.name], set_={"keep_dead": seconds})
+        )
 
 
 def prune_due(connection: sa.Connection, tables: Tables, *, limit: int = PRUNE_JOBS_MAX) -> int:

@@ -483,6 +483,7 @@ def _limits(metadata: sa.MetaData, prefix: str) -> sa.Table:
         sa.Column("max_depth", sa.Integer, comment="pending jobs beyond which an enqueue is refused"),
         sa.Column("on_full", sa.Text, comment="what an enqueue does then: error, block or drop"),
         sa.Column("promote_after", sa.Double, comment="seconds after which a due job goes before all others"),
+        sa.Column("keep_dead", sa.Double, comment="seconds that dead jobs of the task are kept, as its code says"),
         sa.Column(
             "ordered",
             sa.Boolean,
@@ -504,7 +505,8 @@ def _limits(metadata: sa.MetaData, prefix: str) -> sa.Table:
         sa.CheckConstraint("scope IN ('queue', 'task')", name="scope"),
         sa.CheckConstraint(
             "concurrency >= 1 AND key_concurrency >= 1 AND rate > 0 AND burst >= 1 AND max_depth >= 1"
-            " AND promote_after > 0 AND on_full IN ('error', 'block', 'drop') AND (rate IS NULL) = (burst IS NULL)",
+            " AND promote_after > 0 AND keep_dead >= 0 AND on_full IN ('error', 'block', 'drop')"
+            " AND (rate IS NULL) = (burst IS NULL)",
             name="values",
         ),
         comment="pgqueue: limits of queues and tasks; claims that need one take their row's lock",

@@ -916,9 +916,19 @@ def _move(tables: Tables) -> sa.Update:
             retries=jobs.c.retries + sa.case((asked, sa.literal_column("0")), else_=finished.c.charge),
             error=sa.func.coalesce(json_of(finished.c.error), jobs.c.error),
             finished_at=sa.case((sa.or_(asked, finished.c.status != PENDING), now())),
+            prune_at=sa.case((sa.and_(finished.c.status == DEAD, sa.not_(asked)), prune_at_of_dead(tables))),
         )
         .returning(jobs.c.id, jobs.c.queue, jobs.c.task, jobs.c.status, jobs.c.claimed_by, jobs.c.claimed_at)
     )
+
+
+def prune_at_of_dead(tables: Tables) -> sa.ColumnElement[Any]:
+    """When a job that dies now is to be deleted, as its task was declared; whoever finds it may not know the task."""
+    jobs, limits = tables.jobs, tables.limits
+    until = sa.select(seconds_from_now(limits.c.keep_dead)).where(
+        limits.c.scope == sa.literal_column("'task'"), limits.c.name == jobs.c.task, limits.c.keep_dead.is_not(None)
+    )
+    return until.correlate(jobs).scalar_subquery()
 
 
 def release_claim(connection: sa.Connection, tables: Tables, token: uuid.UUID, *, actor: str) -> list[int]:
@@ -1035,6 +1045,7 @@ def _sweep(tables: Tables) -> sa.Update:
             retries=jobs.c.retries
             + sa.case((sa.or_(asked, exhausted), sa.literal_column("0")), else_=sa.literal_column("1")),
             finished_at=sa.case((sa.or_(asked, exhausted), now())),
+            prune_at=sa.case((sa.and_(exhausted, sa.not_(asked)), prune_at_of_dead(tables))),
             cancel_requested_at=sa.null(),
             claim_token=sa.null(),
             claim_expires_at=sa.null(),

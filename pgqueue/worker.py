@@ -238,7 +238,6 @@ class Worker:
         self._listeners = pgq._listeners
         self._task_names = sorted(self._definitions)
         self._retains = any(definition.retains for definition in self._definitions.values())
-        self._keep_dead = {d.name: d.keep_dead for d in self._definitions.values() if d.keep_dead is not None}
         if not self._definitions:
             raise ConfigurationError("this worker knows no tasks; register some with @pgq.task before it starts")
         self._reports = reporting.Reports(self._report_waits)
@@ -1219,7 +1218,6 @@ class Worker:
                 if time.monotonic() > sure_until:  # it was frozen on the way to the database
                     transaction.rollback()
                     return self.config.heartbeat_seconds
-                retention.keep_dead_of_tasks(connection, self.pgq.tables, found.dead, self._keep_dead)
                 jobs = self.pgq._stored(
                     connection,
                     [*found.returned, *found.dead, *found.cancelled],
@@ -1243,7 +1241,6 @@ class Worker:
         """Let jobs that expired before anybody started them be dead; how many."""
         with connection.begin():
             expired = expiry.expire(connection, self.pgq.tables, actor=self.id)
-            retention.keep_dead_of_tasks(connection, self.pgq.tables, expired, self._keep_dead)
             jobs = self.pgq._stored(connection, expired, EventName.EXPIRED, EventName.DEAD)
         self._listeners.tell(told for job in jobs for told in events_of_expired(job))
         if expired:

@@ -308,6 +308,7 @@ def _create_tables(schema: str | None, prefix: str) -> None:
         sa.Column("max_depth", sa.Integer(), comment="pending jobs beyond which an enqueue is refused"),
         sa.Column("on_full", sa.Text(), comment="what an enqueue does then: error, block or drop"),
         sa.Column("promote_after", sa.Double(), comment="seconds after which a due job goes before all others"),
+        sa.Column("keep_dead", sa.Double(), comment="seconds that dead jobs of the task are kept, as its code says"),
         sa.Column(
             "ordered",
             sa.Boolean(),
@@ -329,7 +330,8 @@ def _create_tables(schema: str | None, prefix: str) -> None:
         sa.CheckConstraint("scope IN ('queue', 'task')", name=op.f(f"ck_{prefix}limits_scope")),
         sa.CheckConstraint(
             "concurrency >= 1 AND key_concurrency >= 1 AND rate > 0 AND burst >= 1 AND max_depth >= 1"
-            " AND promote_after > 0 AND on_full IN ('error', 'block', 'drop') AND (rate IS NULL) = (burst IS NULL)",
+            " AND promote_after > 0 AND keep_dead >= 0 AND on_full IN ('error', 'block', 'drop')"
+            " AND (rate IS NULL) = (burst IS NULL)",
             name=op.f(f"ck_{prefix}limits_values"),
         ),
         sa.PrimaryKeyConstraint("scope", "name", name=op.f(f"pk_{prefix}limits")),

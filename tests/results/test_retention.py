@@ -187,6 +187,45 @@ def test_a_job_that_dies_with_its_worker_is_kept_as_its_task_says(pgq: PgQueue) 
     assert row(pgq, other).prune_at is None
 
 
+@pytest.mark.parametrize("end", ["swept", "expired", "given up"])
+def test_a_dead_job_is_kept_as_its_task_says_when_somebody_finds_it_who_does_not_know_the_task(
+    pgq: PgQueue, end: str
+) -> None:
+    work = pgq.external_task("work", keep_dead=3600).using(max_retries=0)
+    other = PgQueue(pgq.engine)
+    if end == "expired":
+        job_id = enqueue(work.using(expires_in=0.001))
+        assert pgq.claim("nobody", queue="elsewhere") == []
+        put(pgq, [job_id], expires_at=sa.literal_column("'2020-01-01 00:00:00.000'"))
+        other.claim("me")
+    else:
+        job_id = enqueue(work)
+        assert len(pgq.claim("gone")) == 1
+        expire(pgq) if end == "swept" else other.nack(other_claim(pgq, other, job_id), dead=True)
+        other.claim("me")
+
+    assert row(pgq, job_id).status == "dead"
+    assert seconds_until_pruned(pgq, job_id) == pytest.approx(3600, abs=10)
+
+
+def other_claim(pgq: PgQueue, other: PgQueue, job_id: int) -> ClaimedJob:
+    return other.get_claim(job_id, row(pgq, job_id).claim_token)
+
+
+def test_a_task_that_no_longer_says_how_long_its_dead_jobs_are_kept_is_believed(pgq: PgQueue) -> None:
+    pgq.external_task("work", keep_dead=3600)
+    pgq.declare_limits()
+    later = PgQueue(pgq.engine)
+    job_id = enqueue(later.external_task("work", concurrency=1).using(max_retries=0))
+    later.claim("gone")
+    expire(pgq)
+
+    pgq.claim("me")
+
+    assert (row(pgq, job_id).status, row(pgq, job_id).prune_at) == ("dead", None)
+    assert [found.name for found in later.list_limits()] == ["work"]
+
+
 @pytest.mark.parametrize("option", ["keep_completed", "keep_dead"])
 @pytest.mark.parametrize("duration", [-1, float("nan"), float("inf"), "7d", True, timedelta(days=40_000)])
 def test_a_retention_must_be_a_time(option: str, duration: Any) -> None:

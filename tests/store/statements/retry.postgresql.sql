@@ -6,7 +6,13 @@ SET status=CASE WHEN (pgqueue.jobs.cancel_requested_at IS NOT NULL) THEN 'cancel
         retries=(pgqueue.jobs.retries + CASE WHEN (pgqueue.jobs.cancel_requested_at IS NOT NULL) THEN 0 ELSE r.charge
         END), error=coalesce(CAST(r.error AS jsonb), pgqueue.jobs.error), finished_at=CASE WHEN
         (pgqueue.jobs.cancel_requested_at IS NOT NULL OR r.status != 'pending') THEN now() END,
-        cancel_requested_at=NULL
+        cancel_requested_at=NULL, prune_at=CASE WHEN (r.status = 'dead'
+    AND pgqueue.jobs.cancel_requested_at IS NULL) THEN (
+    SELECT now() + make_interval(secs => CAST(pgqueue.limits.keep_dead AS double precision)) AS anon_1
+    FROM pgqueue.limits
+    WHERE pgqueue.limits.scope = 'task'
+    AND pgqueue.limits.name = pgqueue.jobs.task
+    AND pgqueue.limits.keep_dead IS NOT NULL) END
 FROM json_to_recordset(CAST(%(finished)s::VARCHAR AS JSON)) AS r(id BIGINT, token UUID, status TEXT, delay DOUBLE
     PRECISION, charge INTEGER, error TEXT)
 WHERE pgqueue.jobs.id = r.id

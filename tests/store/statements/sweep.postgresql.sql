@@ -4,7 +4,13 @@ SET status=CASE WHEN (pgqueue.jobs.cancel_requested_at IS NOT NULL) THEN 'cancel
     retries=(pgqueue.jobs.retries + CASE WHEN (pgqueue.jobs.cancel_requested_at IS NOT NULL OR pgqueue.jobs.retries >=
     pgqueue.jobs.max_retries) THEN 0 ELSE 1 END), error=CAST(%(param_1)s::VARCHAR AS jsonb), finished_at=CASE WHEN
     (pgqueue.jobs.cancel_requested_at IS NOT NULL OR pgqueue.jobs.retries >= pgqueue.jobs.max_retries) THEN now() END,
-    cancel_requested_at=NULL
+    cancel_requested_at=NULL, prune_at=CASE WHEN (pgqueue.jobs.retries >= pgqueue.jobs.max_retries
+    AND pgqueue.jobs.cancel_requested_at IS NULL) THEN (
+    SELECT now() + make_interval(secs => CAST(pgqueue.limits.keep_dead AS double precision)) AS anon_1
+    FROM pgqueue.limits
+    WHERE pgqueue.limits.scope = 'task'
+    AND pgqueue.limits.name = pgqueue.jobs.task
+    AND pgqueue.limits.keep_dead IS NOT NULL) END
 WHERE pgqueue.jobs.id = ANY (ARRAY(
         SELECT pgqueue.jobs.id
         FROM pgqueue.jobs

@@ -4,7 +4,13 @@ SET status=CASE WHEN (pgqueue_jobs.cancel_requested_at IS NOT NULL) THEN 'cancel
     retries=(pgqueue_jobs.retries + CASE WHEN (pgqueue_jobs.cancel_requested_at IS NOT NULL OR pgqueue_jobs.retries >=
     pgqueue_jobs.max_retries) THEN 0 ELSE 1 END), error=?, finished_at=CASE WHEN (pgqueue_jobs.cancel_requested_at IS
     NOT NULL OR pgqueue_jobs.retries >= pgqueue_jobs.max_retries) THEN strftime('%Y-%m-%d %H:%M:%f', 'now') END,
-    cancel_requested_at=NULL
+    cancel_requested_at=NULL, prune_at=CASE WHEN (pgqueue_jobs.retries >= pgqueue_jobs.max_retries
+    AND pgqueue_jobs.cancel_requested_at IS NULL) THEN (
+    SELECT strftime('%Y-%m-%d %H:%M:%f', 'now', printf('%+.3f seconds', pgqueue_limits.keep_dead)) AS anon_1
+    FROM pgqueue_limits
+    WHERE pgqueue_limits.scope = 'task'
+    AND pgqueue_limits.name = pgqueue_jobs.task
+    AND pgqueue_limits.keep_dead IS NOT NULL) END
 WHERE pgqueue_jobs.id IN (
     SELECT pgqueue_jobs.id
     FROM pgqueue_jobs
