@@ -422,6 +422,11 @@ def is_transient(error: BaseException) -> bool:
     return sqlstate in ("40P01", "40001", "55P03", "57014", "0A000") or sqlstate[:2] in ("53", "58")
 
 
+def is_locked(error: BaseException) -> bool:
+    """Whether a statement waited for another transaction until the server ended that; a savepoint survives it."""
+    return isinstance(error, exc.DBAPIError) and getattr(error.orig, "sqlstate", None) in ("55P03", "40P01")
+
+
 def is_refusal(error: BaseException) -> bool:
     """Whether the database, or the driver, does not take what a statement carries, and so never will."""
     if not isinstance(error, exc.DBAPIError):

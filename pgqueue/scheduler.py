@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from pgqueue import schedules
 from pgqueue.cron import MISSED_SECONDS, TICKS_PER_PASS, Catchup, NewSchedule, Schedule, settle
-from pgqueue.engine import committing_each, first_line, is_refusal
+from pgqueue.engine import committing_each, first_line, is_locked, is_refusal
 from pgqueue.errors import PgqueueError
 from pgqueue.scheduling import enqueue
 from pgqueue.schema import Tables
@@ -111,6 +111,7 @@ class Scheduler:
         """Say what this worker's code declares, and then, now and then, that it still does."""
         if self._declared:
             with connection.begin():
+                schedules.wait_briefly(connection)
                 result = schedules.declare(
                     connection, self._tables, self._declared, starting=self._starting, actor=self._actor
                 )
@@ -131,6 +132,7 @@ class Scheduler:
         queues: set[str] = set()
         problems: list[tuple[Schedule, Exception]] = []
         with connection.begin():
+            schedules.wait_briefly(connection)
             due = schedules.lock_due(
                 connection, self._tables, tasks=self._task_names, aside=list(self._aside), limit=SCHEDULES_PER_PASS
             )
@@ -164,7 +166,7 @@ class Scheduler:
                 with connection.begin_nested():
                     self._enqueue(connection, schedule, tick, settled)
             except Exception as error:
-                if not (isinstance(error, PgqueueError) or is_refusal(error)):
+                if not (isinstance(error, PgqueueError) or is_refusal(error) or is_locked(error)):
                     raise
                 settled.problem, next_tick_at = error, tick
                 break
@@ -196,6 +198,10 @@ class Scheduler:
             settled.queues.add(schedule.queue)
 
     def _put_aside(self, schedule: Schedule, error: Exception) -> None:
+        if is_locked(error):
+            self._aside[schedule.name] = time.monotonic() + LOCKED_SECONDS_MAX
+            logger.info("schedule %s: another transaction is about to enqueue its unique key", schedule.name)
+            return
         self._aside[schedule.name] = time.monotonic() + ASIDE_SECONDS
         if isinstance(error, sa.exc.DBAPIError):  # the rest of which may show a whole row, with its payload
             what = first_line(error)

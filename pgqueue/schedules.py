@@ -22,6 +22,7 @@ import sqlalchemy as sa
 from pgqueue import dialect, store
 from pgqueue.cron import UNDECLARED_SECONDS, NewSchedule, Schedule
 from pgqueue.dialect import TextArray, UTCDateTime, json_of, now, seconds_from_now, seconds_since, text_in
+from pgqueue.engine import is_locked
 from pgqueue.errors import ScheduleNotFound
 from pgqueue.job import EventType
 from pgqueue.schema import Tables
@@ -40,6 +41,9 @@ PRUNE_TICKS_MAX = 1_000
 
 #: What `declared_by` says of a schedule that comes from code.
 BY_CODE = "code"
+
+#: How long a scheduler waits for a lock.
+LOCK_MILLISECONDS = 300
 
 #: How often an upsert looks again when somebody else makes, or deletes, the schedule at that very moment.
 _ROUNDS_MAX = 5
@@ -107,6 +111,17 @@ def _ticks(schedules: sa.Table) -> sa.ColumnElement[bool]:
         sa.or_(schedules.c.declared_at.is_(None), schedules.c.declared_at > fresh),
         sa.not_(text_in(schedules.c.name, sa.bindparam("aside", type_=TextArray()))),
     )
+
+
+def wait_briefly(connection: sa.Connection) -> None:
+    """Let no statement of the present transaction wait long for another one, in which an application may have enqueued
+    the same unique key. Shorter than the server waits before it looks for a deadlock, so that nobody else is a victim
+    of one."""
+    if connection.dialect.name == dialect.POSTGRESQL:
+        connection.execute(sa.text("SELECT set_config('lock_timeout', :milliseconds, true)"), _LOCK_TIMEOUT)
+
+
+_LOCK_TIMEOUT = {"milliseconds": str(LOCK_MILLISECONDS)}
 
 
 def add_tick(connection: sa.Connection, tables: Tables, name: str, tick: datetime) -> bool:
@@ -205,8 +220,8 @@ def declare(
     for name, new in sorted(wanted.items()):
         row = standing.get(name)
         if row is None:
-            if starting:
-                _insert(connection, tables, new, moment, actor=BY_CODE, by_code=True)
+            if starting and not _insert_unlocked(connection, tables, new, moment):
+                result.locked.append(name)
         elif row.declared_seconds is None:
             if not _is_same(row, new):
                 result.overridden.append(name)
@@ -225,8 +240,20 @@ def declare(
             if values:
                 new = wanted[name]
                 _record(connection, tables, new, actor, f"changed by the code: {_describe(new)}")
-        result.locked = sorted(changes.keys() - free)
+        result.locked += sorted(changes.keys() - free)
     return result
+
+
+def _insert_unlocked(connection: sa.Connection, tables: Tables, new: NewSchedule, moment: datetime) -> bool:
+    """Make a schedule that code declares; False when somebody is just making it."""
+    try:
+        with connection.begin_nested():
+            _insert(connection, tables, new, moment, actor=BY_CODE, by_code=True)
+    except sa.exc.DBAPIError as error:
+        if not is_locked(error):
+            raise
+        return False
+    return True
 
 
 @cache

@@ -344,6 +344,46 @@ def test_an_ended_subscription_hears_no_more(pgq: PgQueue) -> None:
     assert (called.names(), with_block.names()) == ([], ["job:enqueued"])
 
 
+def test_a_listener_that_ends_its_own_subscription_hears_no_more(pgq: PgQueue) -> None:
+    heard: list[JobEvent] = []
+
+    @pgq.task
+    def work() -> None: ...
+
+    def once(event: JobEvent) -> None:
+        heard.append(event)
+        subscription()
+
+    subscription = pgq.on("job:*", once)
+    for _ in range(3):
+        enqueue(work)
+    thread = subscription._thread
+
+    wait_for(lambda: heard, "the first event")
+    drain(pgq)
+
+    assert len(heard) == 1
+    if thread is not None:
+        wait_for(lambda: not thread.is_alive(), "its thread to end")
+
+
+def test_a_listener_may_enqueue(pgq: PgQueue) -> None:
+    @pgq.task
+    def follow_up() -> None: ...
+
+    @pgq.task
+    def work() -> None: ...
+
+    with pgq.on("job:completed", lambda event: enqueue(follow_up), task=work):
+        for _ in range(3):
+            enqueue(work)
+        drain(pgq)
+        assert pgq._listeners.deliver(60)
+        drain(pgq)
+
+    assert [job.status for job in pgq.list_jobs(task="follow_up")] == ["completed"] * 3
+
+
 def test_the_thread_of_an_ended_subscription_ends(pgq: PgQueue) -> None:
     @pgq.task
     def work() -> None: ...

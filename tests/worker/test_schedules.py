@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -254,6 +255,51 @@ def test_many_schedulers_at_once_settle_each_tick_once(pgq: PgQueue, report: Tas
     assert sorted(ids) == sorted(job.id for job in pgq.list_jobs(limit=1000))
 
 
+def test_while_operators_change_schedules_each_tick_gets_at_most_one_job_and_nothing_fails(pgq: PgQueue) -> None:
+    task = pgq.external_task("report")
+    names = [f"s{n}" for n in range(4)]
+    for name in names:
+        upsert(pgq, name, cron=EVERY_SECOND, task=task, catchup="all")
+    over = threading.Event()
+    failures: list[BaseException] = []
+
+    def repeat(act: Callable[[random.Random], object], seed: int) -> None:
+        dice = random.Random(seed)
+        try:
+            while not over.is_set():
+                act(dice)
+        except BaseException as error:
+            failures.append(error)
+
+    def change(dice: random.Random) -> None:
+        name = dice.choice(names)
+        dice.choice(
+            [
+                lambda: pgq.schedules.disable(name),
+                lambda: pgq.schedules.enable(name),
+                lambda: pgq.schedules.run_now(name),
+                lambda: upsert(pgq, name, task=task, cron=dice.choice([EVERY_SECOND, "*/2 * * * * *"]), catchup="all"),
+                lambda: set_back(pgq, name, seconds=3),
+            ]
+        )()
+
+    steps = [Steps(pgq, actor=f"worker-{number}") for number in range(2)]
+    acts = [*(lambda _, one=one: one.step() for one in steps), change, change]
+    threads = [threading.Thread(target=repeat, args=(act, seed)) for seed, act in enumerate(acts)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: failures or sum(len(ticks_of(pgq, name)) for name in names) > 20, "twenty ticks")
+    over.set()
+    for thread in threads:
+        thread.join()
+
+    assert failures == []
+    made = {job_id for name in names for _, job_id in ticks_of(pgq, name)}
+    jobs = pgq.list_jobs(limit=100_000)
+    assert made == {job.id for job in jobs if "tick_at" in job.metadata}
+    assert len({(job.metadata["schedule"], job.metadata["tick_at"]) for job in jobs if job.id in made}) == len(made)
+
+
 def test_a_locked_schedule_holds_up_no_other(pg: PgQueue) -> None:
     pg.external_task("report")
     for name in ("first", "second"):
@@ -445,6 +491,54 @@ def test_a_schedule_that_fails_leaves_those_alone_that_are_settled_with_it(
 
     assert [len(ticks_of(pgq, name)) for name in ("a", "b", "c")] == [1, 0, 1]
     assert set(steps.scheduler._aside) == {"b"}
+
+
+@pytest.mark.parametrize("ends", ["commit", "rollback"])
+def test_a_unique_key_in_a_long_transaction_of_the_application_holds_up_its_own_schedule_alone(
+    pg: PgQueue, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, ends: str
+) -> None:
+    @pg.task(unique=Unique())
+    def visit(tenant: str) -> None: ...
+
+    for number, name in enumerate(("a", "b")):
+        upsert(pg, name, task=visit, payload={"tenant": name}, cron=EVERY_MINUTE)
+        set_back(pg, name, seconds=100 - number)
+    steps = Steps(pg)
+    with pg.engine.connect() as application:
+        visit.enqueue(application, tenant="a")
+
+        steps.settle()  # waits for nobody
+        other = visit.enqueue(application, tenant="c")
+        assert (len(ticks_of(pg, "a")), len(ticks_of(pg, "b"))) == (0, 1)
+        getattr(application, ends)()
+
+    steps.scheduler._aside.clear()  # as a little later
+    steps.settle()
+
+    ((_, job_id),) = ticks_of(pg, "a")
+    assert (job_id is None) is (ends == "commit")
+    assert other.inserted
+    assert [record.message for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+def test_a_worker_that_starts_waits_for_no_transaction_that_makes_the_schedule(
+    pg: PgQueue, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = pg.external_task("report")
+    for name in ("nightly", "other"):
+        pg.cron(NIGHTLY, name=name)(task)
+    steps = Steps(pg)
+    with pg.engine.begin() as application:
+        pg.schedules.upsert(application, "nightly", cron="0 4 * * *", task=task)
+
+        steps.step()
+        assert [schedule.name for schedule in pg.schedules.list()] == ["other"]
+
+    steps.scheduler._renew_at = 0.0  # as after LOOK_SECONDS
+    steps.step()
+
+    assert [schedule.cron for schedule in pg.schedules.list()] == ["0 4 * * *", NIGHTLY]
+    assert "are not as the code declares them" in caplog.text
 
 
 def test_a_schedule_without_overlap_keeps_the_key_of_a_unique_task(pgq: PgQueue) -> None:
