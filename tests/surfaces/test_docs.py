@@ -286,6 +286,16 @@ def test_what_the_logs_say_is_in_the_code() -> None:
             assert part.strip() in code, part
 
 
+def test_the_page_knows_every_cause_that_the_view_of_stuck_jobs_names(pg: PgQueue) -> None:
+    view = scalar(pg.engine, "SELECT pg_get_viewdef('pgqueue.stuck_jobs'::regclass)")
+    causes = {cause.strip() for cause in re.findall(r"(?:THEN|ELSE) \(?'([^']+)'", view)}
+
+    table = table_below(DOCS / "operating.md", "When a job does not run")
+    described = {row[0].strip("`").removesuffix("…").strip() for row in table}
+
+    assert described == causes
+
+
 def test_an_idle_worker_has_as_many_connections_as_the_page_says(pg: PgQueue) -> None:
     pg.task(name="idle")(lambda: None)
     said = re.search(r"has (\d+) connections to the database when it is idle", (DOCS / "operating.md").read_text())
