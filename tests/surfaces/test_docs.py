@@ -272,6 +272,15 @@ def test_the_tables_of_the_design_are_those_of_the_schema() -> None:
     assert described == [table.name for table in vars(tables_for("postgresql", "pgqueue"))["metadata"].tables.values()]
 
 
+def test_every_test_that_the_design_names_exists() -> None:
+    named = re.findall(r"`(tests/\S+?\.py)::(\w+)`", (DOCS / "design.md").read_text())
+
+    missing = [name for path, name in named if f"def {name}(" not in (PROJECT / path).read_text()]
+
+    assert len(named) > 10
+    assert missing == []
+
+
 def test_the_newest_version_has_its_revision_in_the_table() -> None:
     version, revision, _ = table_below(DOCS / "upgrading.md", "Versions and revisions", rows_min=1)[-1]
 
