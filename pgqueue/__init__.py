@@ -4,11 +4,12 @@ The path of a job through the modules:
 
 1. `enqueueing`: `task.enqueue(session, …)` checks the payload against the task's signature (`task`); `inserting`
    stores the job in the caller's transaction (`transaction`, `store`). After the commit `notifier` wakes a worker.
-2. `worker`: the claimer claims due jobs in batches (`store.claim`) into the buffers of `slots`, and commits.
-3. `executor` runs the task's function and says how the attempt ended: an outcome.
+2. `claiming`: a worker claims due jobs in batches (`store.claim`) into the buffers of `slots`, and commits.
+3. `running`: slots run them; `executor` calls the task's function and says how the attempt ended: an outcome.
 4. `retry.decide` turns outcome and policy into a transition: what is to be written.
-5. `worker`: the finisher writes transitions in batches, fenced by the claim token (`store.finish`).
-6. Meanwhile the heartbeat extends leases, and the sweep takes back the jobs of dead workers.
+5. `finishing` writes transitions in batches, fenced by the claim token (`store.finish`).
+6. Meanwhile `heartbeat` extends the leases of what is held (`holds`), and `sweeping` takes back the jobs of dead
+   workers. `worker` puts these duties together.
 
 `client.PgQueue` joins what applications and people do, a module for each duty: `registry` (declare tasks and more),
 `consuming`, `inspecting`, `operating`, `repairing`, `limiting`; their statements are in `operations`, `dead_letter` and

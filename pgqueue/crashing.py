@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from pgqueue import limits, retention, store
+from pgqueue.assignment import with_middleware
 from pgqueue.client import PgQueue, Task
 from pgqueue.config import WorkerConfig
 from pgqueue.engine import is_in_memory, make_async_engine, parse_url
@@ -26,8 +27,9 @@ from pgqueue.job import ClaimedJob, Completed, Job, Outcome
 from pgqueue.rehearsal import CRASH_QUEUES, unraised, watched
 from pgqueue.retry import decide
 from pgqueue.task import TaskDefinition
+from pgqueue.transactional import CommitGuard
 from pgqueue.travel import let_lapse
-from pgqueue.worker import CommitGuard, Worker, with_middleware
+from pgqueue.worker import Worker
 
 #: When the worker dies: after the claim; when the function has returned and nothing of that is committed; or when
 #: everything is, and the worker does not know.

@@ -22,18 +22,20 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from pgqueue import expiry, limits, reporting, results, retention, store
+from pgqueue.assignment import with_middleware
 from pgqueue.client import PgQueue
 from pgqueue.engine import is_aborted
 from pgqueue.errors import Cancel, ConfigurationError, Discard, JobFailed, RetryAfter, Snooze
 from pgqueue.events import EventName, event_of, events_of
 from pgqueue.executor import execute, execute_async, outcome_of, timed_out
+from pgqueue.holds import COUNTED, WorkerReport
 from pgqueue.job import ClaimedJob, Completed, EventType, Outcome, Transition
 from pgqueue.retry import decide
 from pgqueue.scheduler import Scheduler
 from pgqueue.schema import Tables
 from pgqueue.task import TaskDefinition
+from pgqueue.transactional import CommitGuard
 from pgqueue.travel import due_queues
-from pgqueue.worker import COUNTED, CommitGuard, WorkerReport, with_middleware
 
 #: For the jitter: the longest wait, so that a retry is due after the same time in every run of a test.
 LONGEST = 1.0

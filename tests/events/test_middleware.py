@@ -257,7 +257,7 @@ def test_without_middleware_the_function_itself_is_called(pgq: PgQueue) -> None:
     @pgq.task
     def work() -> None: ...
 
-    assert Worker(pgq)._definitions["work"] is work.definition
+    assert Worker(pgq)._assignment.definitions["work"] is work.definition
 
 
 async def _coroutine(job: ClaimedJob) -> None: ...

@@ -259,5 +259,5 @@ def test_a_worker_whose_tasks_report_nothing_has_no_thread_for_it(pgq: PgQueue) 
     enqueue(work)
     with working(pgq) as worker:
         wait_for(lambda: gate.came, "the task")
-        assert worker._progress_loop is None
+        assert worker._progress._writer is None
         gate.open()

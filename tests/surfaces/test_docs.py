@@ -18,8 +18,20 @@ from support import execute, rows, scalar, wait_for
 from working import working
 
 import pgqueue
-from pgqueue import PgQueue, WorkerConfig, cli, dialect, engine, migration, notifier, schedules, slots, task, testing
-from pgqueue import worker as working_module
+from pgqueue import (
+    PgQueue,
+    WorkerConfig,
+    cli,
+    dialect,
+    engine,
+    migration,
+    notifier,
+    schedules,
+    slots,
+    sweeping,
+    task,
+    testing,
+)
 from pgqueue.config import parse_duration
 from pgqueue.engine import make_engine
 from pgqueue.schema import tables_for
@@ -238,7 +250,7 @@ FIGURES = {
         r"`--shutdown-timeout` \((\d+) seconds\)": WorkerConfig().shutdown_timeout,
         r"claims ahead about (\d+) ms": slots.PREFETCH_SECONDS * 1000,
         r"given back after (\d+) seconds": notifier.IDLE_SECONDS,
-        r"go away after an (hour)": working_module.SILENT_WORKER_SECONDS / 3600,
+        r"go away after an (hour)": sweeping.SILENT_WORKER_SECONDS / 3600,
     },
     "pgbouncer.md": {
         r"well below the lease \((\d+) seconds\)": WorkerConfig().lease,

@@ -16,7 +16,7 @@ from jobs import add, add_one, claim_one, expire, row, sweep
 from support import wait_for
 from working import Gate, enqueue, enqueue_many, events, statuses, wait_for_status, working
 
-from pgqueue import Cancel, Discard, IllegalTransition, JobStatus, PgQueue, Retry, Snooze, current_job, store, worker
+from pgqueue import Cancel, Discard, IllegalTransition, JobStatus, PgQueue, Retry, Snooze, current_job, heartbeat, store
 
 #: Without a notification, a worker looks so often.
 LOOK_SECONDS = 0.05
@@ -31,7 +31,7 @@ def gate() -> Iterator[Gate]:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "LOOK_SECONDS", LOOK_SECONDS)
+    monkeypatch.setattr(heartbeat, "LOOK_SECONDS", LOOK_SECONDS)
 
 
 def wait_for_request() -> None:
@@ -279,7 +279,7 @@ def test_a_job_that_waits_in_its_workers_buffer_is_not_started(pgq: PgQueue, gat
     with working(pgq, queues={"default": 1}, prefetch=10) as running:
         wait_for(lambda: ran and statuses(pgq) == {"running": 3}, "all jobs to be claimed")
         pgq.cancel(ids[1])
-        wait_for(lambda: running._held[ids[1]].job.cancel_requested, "the worker to know")
+        wait_for(lambda: running._holds.by_id[ids[1]].job.cancel_requested, "the worker to know")
         gate.open()
         wait_for_status(pgq, ids[1], "cancelled")
         wait_for_status(pgq, ids[2], "completed")
@@ -320,7 +320,7 @@ def test_a_worker_that_holds_nothing_does_not_look(pgq: PgQueue, gate: Gate) -> 
         gate.pass_through()
 
     with working(pgq, listen=False) as running:
-        wait_for(lambda: running._next_beat, "a heartbeat")
+        wait_for(lambda: running._heartbeat._next_beat, "a heartbeat")
         time.sleep(4 * LOOK_SECONDS)
         idle = len(looks)
         enqueue(waits)

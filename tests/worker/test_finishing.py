@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from support import execute, wait_for
 from working import Gate, enqueue, enqueue_many, events, wait_for_status, working
 
-from pgqueue import PgQueue, store, worker
+from pgqueue import PgQueue, finishing, store
 
 LONG_LEASE = {"lease": 600.0, "sweep_interval": 600.0}
 
@@ -40,11 +40,11 @@ def test_ends_with_large_results_are_written_in_smaller_batches(pgq: PgQueue, mo
     def returns_much() -> str:
         return "x" * 1_000
 
-    monkeypatch.setattr(worker, "FINISH_CHARACTERS_MAX", 10_000)
+    monkeypatch.setattr(finishing, "FINISH_CHARACTERS_MAX", 10_000)
     finish = HeldUp(monkeypatch)
     enqueue_many(returns_much, 100)
     with working(pgq) as running:
-        wait_for(lambda: running._finished.qsize() > 50, "ends to pile up")
+        wait_for(lambda: running._finisher._ended.qsize() > 50, "ends to pile up")
         finish.let_go()
         wait_for(lambda: running.report.completed == 100, "all ends to be written")
 
@@ -66,10 +66,10 @@ def test_an_end_that_lost_its_claim_to_a_later_one_in_the_same_batch_counts_as_l
         wait_for(lambda: len(attempts) == 1, "the first attempt")
         jobs.expire(pgq)
         jobs.sweep(pgq)
-        wait_for(lambda: len(running._unwritten) == 2, "the end of a second attempt")
+        wait_for(lambda: len(running._finisher._unwritten) == 2, "the end of a second attempt")
         finish.let_go()
         wait_for_status(pgq, job_id, "completed")
-        wait_for(lambda: not running._held, "both ends to be settled")
+        wait_for(lambda: not running._holds.by_id, "both ends to be settled")
 
     assert [len(batch) for batch in finish.batches][:1] == [2]
     assert (running.report.completed, running.report.lost) == (1, 1)

@@ -14,7 +14,7 @@ from sqlalchemy import event
 from support import PATIENCE_SECONDS, scalar, wait_for
 from working import enqueue, wait_for_status, working
 
-from pgqueue import DatabaseUnreachable, PgQueue, Retry, Snooze, client, current_job
+from pgqueue import DatabaseUnreachable, PgQueue, Retry, Snooze, current_job, database
 from pgqueue.engine import make_engine
 
 STATE = "SELECT state FROM pg_stat_activity WHERE pid = :pid"
@@ -162,7 +162,7 @@ def test_rows_locked_by_a_consumer_that_freezes_are_free_again_after_a_while(
 
     consumer = threading.Thread(target=consume, name="consumer")
     with monkeypatch.context() as patch, Freeze(pg.engine, "consumer") as freeze:
-        patch.setattr(client, "FROZEN_SECONDS", 0.2)  # nobody else's: a busy machine may hold them up for so long
+        patch.setattr(database, "FROZEN_SECONDS", 0.2)  # nobody else's: a busy machine may hold them up for so long
         consumer.start()
         pid = freeze.pid()
         wait_for(lambda: scalar(bystander.engine, STATE, pid=pid) is None, "the server to end the frozen transaction")

@@ -21,6 +21,7 @@ from working import Gate, enqueue, enqueue_many, events, seize, statuses, table,
 from pgqueue import PgQueue, Retry, Task, Worker, WorkerConfig, current_job, loop, store
 from pgqueue.dialect import now
 from pgqueue.engine import end_if_frozen
+from pgqueue.finishing import Finisher
 
 #: Many heartbeats and a lease that no busy machine lets lapse.
 ALIVE: dict[str, Any] = {"lease": 20.0, "heartbeat_interval": 0.05}
@@ -374,7 +375,7 @@ def test_a_heartbeat_takes_nothing_for_lost_whose_end_is_just_being_written(
 ) -> None:
     """The end is committed, so that the claim is over, but the worker has not let go of the job yet."""
     beats = 0
-    beat, settle = store.beat, Worker._settle
+    beat, settle = store.beat, Finisher.settle
 
     def count_beats(*arguments: Any) -> None:
         nonlocal beats
@@ -387,7 +388,7 @@ def test_a_heartbeat_takes_nothing_for_lost_whose_end_is_just_being_written(
         settle(*arguments)
 
     monkeypatch.setattr(store, "beat", count_beats)
-    monkeypatch.setattr(Worker, "_settle", settle_after_two_heartbeats)
+    monkeypatch.setattr(Finisher, "settle", settle_after_two_heartbeats)
 
     @pgq.task
     def work() -> None: ...

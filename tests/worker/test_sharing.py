@@ -49,7 +49,7 @@ def learn_that_jobs_are_quick(pgq: PgQueue, worker: Worker) -> None:
     """So that it claims them by the dozen."""
     jobs = enqueue_many(pgq.get_task("quick"), 100)
     wait_for_status(pgq, jobs[-1], "completed")
-    wait_for(lambda: not worker._held, "the worker to be idle")
+    wait_for(lambda: not worker._holds.by_id, "the worker to be idle")
 
 
 def get_stuck(pgq: PgQueue, worker: Worker) -> tuple[int, list[int]]:

@@ -215,7 +215,7 @@ def test_everything_that_waits_to_be_written_is_written_before_a_worker_ends(
     with working(pgq, shutdown_timeout=0) as worker:
         wait_for(lambda: writing.is_set() and gate.inside == 3, "one job to be written while three run")
         worker.stop()
-        wait_for(lambda: worker._finished.qsize() >= 4, "the ends of all jobs to wait")
+        wait_for(lambda: worker._finisher._ended.qsize() >= 4, "the ends of all jobs to wait")
         go_on.set()
 
     assert statuses(pgq) == {"completed": 1, "pending": 3}

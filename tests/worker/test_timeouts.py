@@ -180,7 +180,7 @@ def test_a_task_without_a_timeout_starts_no_clock(pgq: PgQueue, gate: Gate) -> N
 
     with working(pgq) as worker:
         wait_for(lambda: gate.inside, "the job to run")
-        clock = worker._deadlines._thread
+        clock = worker._runner._deadlines._thread
         gate.open()
 
     assert clock is None
@@ -195,7 +195,7 @@ def test_the_clock_ends_with_its_worker(pgq: PgQueue) -> None:
     with working(pgq) as worker:
         wait_for(lambda: worker.report.completed, "the job to complete")
 
-    clock = worker._deadlines._thread
+    clock = worker._runner._deadlines._thread
     assert clock is not None
     wait_for(lambda: not clock.is_alive(), "the clock to end")
 

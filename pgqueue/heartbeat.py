@@ -1,0 +1,118 @@
+"""The heartbeat: extends the leases of all jobs held, and finds out which of them are to be stopped."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import sqlalchemy as sa
+
+from pgqueue import store
+from pgqueue.assignment import Assignment
+from pgqueue.engine import committing_each, looking
+from pgqueue.holds import Hold, Holds
+from pgqueue.job import ASKED_TO_STOP, Cancelled, ClaimedJob
+from pgqueue.loop import DatabaseLoop
+from pgqueue.running import Runner
+from pgqueue.version import VERSION
+
+logger = logging.getLogger(__name__)
+
+#: How often a worker that holds jobs looks whether somebody wants one of them stopped, should no notification say so.
+LOOK_SECONDS = 1.0
+
+STOPPED_ON_REQUEST = Cancelled(ASKED_TO_STOP)
+
+
+class Heartbeat(DatabaseLoop):
+    """A thread and a connection of its own, so that neither a blocked task nor a blocked event loop stops it."""
+
+    def __init__(
+        self, assignment: Assignment, holds: Holds, runner: Runner, lost: Callable[[ClaimedJob], None]
+    ) -> None:
+        """lost: told of a job that is no longer this worker's."""
+        super().__init__("heartbeat", assignment.engine, self._beat_or_look, assignment.outage, assignment.config.lease)
+        self.last_beat = time.monotonic()
+        self._next_beat = 0.0
+        self._config = assignment.config
+        self._tables = assignment.tables
+        self._task_names = assignment.task_names
+        self._worker_id = assignment.worker_id
+        self._holds = holds
+        self._runner = runner
+        self._lost = lost
+
+    def start(self) -> None:
+        self.last_beat = time.monotonic()
+        super().start()
+
+    def told_to_stop(self, job_id: str) -> None:
+        """Only a hint: the heartbeat finds out whether the job is to be stopped, or is this worker's no more."""
+        if job_id.isdecimal() and int(job_id) in self._holds.by_id:
+            self._next_beat = 0.0
+            self.wake()
+
+    def _beat_or_look(self, connection: sa.Connection) -> float:
+        """Beat when it is time; in between, look for jobs that are to be stopped."""
+        if time.monotonic() >= self._next_beat:
+            self._beat(connection)
+        elif self._holds.by_id:
+            with looking(connection):
+                asked = store.asked_to_stop(connection, self._tables, worker=self._worker_id)
+            for job_id, token in asked:
+                hold = self._holds.by_id.get(job_id)
+                if hold is not None and hold.job.claim_token == token:
+                    self._ask_to_stop(hold)
+        return min(max(self._next_beat - time.monotonic(), 0.0), LOOK_SECONDS)
+
+    def _beat(self, connection: sa.Connection) -> None:
+        """Extend the leases of all jobs held, and let go of those that were lost."""
+        asked_at = time.monotonic()
+        # Set before it is done: the next one may be wanted at once meanwhile.
+        self._next_beat = asked_at + self._config.heartbeat_seconds
+        holds = list(self._holds.by_id.values())
+        claims = [(hold.job.id, hold.job.claim_token) for hold in holds]
+        try:
+            # With nothing to extend it is one statement, and that an idle worker often sends.
+            with connection.begin() if claims else committing_each(connection):
+                kept = store.extend(connection, self._tables, claims, lease=self._config.lease) if claims else {}
+                store.beat(connection, self._tables, self._row())
+        except BaseException:
+            self._next_beat = 0.0
+            raise
+        self.last_beat = asked_at
+        for hold in holds:
+            if hold.job.id in kept:
+                hold.sure_until = asked_at + self._config.lease
+                if kept[hold.job.id]:
+                    self._ask_to_stop(hold)
+            elif self._holds.drop(hold):
+                self._lost(hold.job)
+
+    def _ask_to_stop(self, hold: Hold) -> None:
+        """Stop an attempt as far as its kind allows: from now on only a completion keeps its job from being cancelled.
+
+        A job that is not started yet is not started any more; a `def` task in a thread can only look.
+        """
+        job = hold.job
+        if job.cancel_requested:
+            return
+        job.cancel_requested = True
+        if hold.ending:
+            return
+        logger.info("job %d (task %s) is asked to stop in its attempt %d", job.id, job.task, job.attempt)
+        self._runner.stop(job, STOPPED_ON_REQUEST)
+
+    def _row(self) -> dict[str, Any]:
+        return {
+            "id": self._worker_id,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "version": VERSION,
+            "queues": dict(self._config.queues),
+            "tasks": self._task_names,
+        }

@@ -1,0 +1,174 @@
+"""Running tasks in the transaction that writes their completion: the two commit together, once, or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session
+
+from pgqueue import store
+from pgqueue.assignment import Assignment
+from pgqueue.engine import end_if_frozen, is_transient
+from pgqueue.errors import IllegalTransition
+from pgqueue.executor import execute_async, outcome_of
+from pgqueue.finishing import Finisher
+from pgqueue.holds import Holds
+from pgqueue.job import ClaimedJob, Completed, Outcome, Released
+from pgqueue.progressing import Progress
+from pgqueue.retry import Retry, decide
+from pgqueue.task import TaskDefinition
+
+NOT_BEGUN = Released("the database could not be reached to begin the task's transaction", delay_seconds=1.0)
+
+
+class Transactional:
+    """Runs transactional tasks.
+
+    A completion that was committed is settled here, and there is no outcome left to write: None.
+    """
+
+    def __init__(
+        self,
+        assignment: Assignment,
+        holds: Holds,
+        progress: Progress,
+        finisher: Finisher,
+        execute: Callable[[TaskDefinition, ClaimedJob, Session], Outcome | None],
+    ) -> None:
+        self._engine = assignment.engine
+        self._tables = assignment.tables
+        self._lease = assignment.config.lease
+        self._holds = holds
+        self._progress = progress
+        self._finisher = finisher
+        self._execute = execute
+        self.async_engine: AsyncEngine | None = None  #: of the worker's event loop, while that runs
+
+    def run(self, definition: TaskDefinition, job: ClaimedJob) -> Outcome | None:
+        """Run a task in the transaction that writes its completion. None when that was committed or refused."""
+        try:
+            connection = self._engine.connect()
+        except Exception as error:  # noqa: BLE001 — the task did not begin
+            return NOT_BEGUN if is_transient(error) else outcome_of(error, definition.retry)
+        outcome: Outcome | None = None
+        ending = False
+        try:
+            with connection, Session(connection, expire_on_commit=False) as session:
+                guard = CommitGuard(session, connection, definition)
+                outcome = self._execute(definition, job, session)
+                if outcome is None:
+                    connection.invalidate()  # the timeout may have struck anywhere in the driver
+                    return None
+                if not isinstance(outcome, Completed):
+                    session.rollback()
+                    return outcome
+                session.flush()
+                ending = self._holds.begin_end(job)
+                if not ending:
+                    session.rollback()
+                    return None
+                guard.open = self._complete_in(session.connection(), definition, job, outcome)
+                if guard.open:
+                    session.commit()
+                else:
+                    session.rollback()
+        except BaseException as error:  # noqa: BLE001 — the task's rows, or the commit, were refused
+            if ending:
+                self._holds.take_back_end(job)
+            return _outcome_of_broken(outcome, error, definition.retry)
+        self._finisher.settle([decide(job, outcome, definition.retry, random=0.0)], {job.id} if guard.open else set())
+        return None
+
+    async def run_async(self, definition: TaskDefinition, job: ClaimedJob) -> Outcome | None:
+        assert self.async_engine is not None
+        outcome: Outcome | None = None
+        ending = False
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+                try:
+                    connection = await stack.enter_async_context(self.async_engine.connect())
+                except Exception as error:  # noqa: BLE001 — the task did not begin
+                    return NOT_BEGUN if is_transient(error) else outcome_of(error, definition.retry)
+                # It begins its transaction when the task first uses it: on SQLite that keeps all others from writing.
+                session = await stack.enter_async_context(AsyncSession(connection, expire_on_commit=False))
+                sync_connection = connection.sync_connection
+                assert sync_connection is not None
+                guard = CommitGuard(session.sync_session, sync_connection, definition)
+                outcome = await execute_async(definition, job, session)
+                if not isinstance(outcome, Completed):
+                    await session.rollback()
+                    return outcome
+                await session.flush()
+                ending = self._holds.begin_end(job)
+                if not ending:
+                    await session.rollback()
+                    return None
+                completed = outcome
+                guard.open = await session.run_sync(
+                    lambda sync: self._complete_in(sync.connection(), definition, job, completed)
+                )
+                if guard.open:
+                    await session.commit()
+                else:
+                    await session.rollback()
+        except asyncio.CancelledError:
+            if ending:
+                self._holds.take_back_end(job)
+            raise
+        except BaseException as error:  # noqa: BLE001 — as above
+            if ending:
+                self._holds.take_back_end(job)
+            return _outcome_of_broken(outcome, error, definition.retry)
+        self._finisher.settle([decide(job, outcome, definition.retry, random=0.0)], {job.id} if guard.open else set())
+        return None
+
+    def _complete_in(
+        self, connection: sa.Connection, definition: TaskDefinition, job: ClaimedJob, outcome: Completed
+    ) -> bool:
+        """Complete the job in the task's own transaction; False when its claim was lost."""
+        transition = self._finisher.retained(decide(job, outcome, definition.retry, random=0.0), job)
+        if transition.keep_seconds is None and not self._progress.reports.latest:
+            frozen_after = self._lease
+            return store.complete_in_transaction(connection, self._tables, transition, frozen_after=frozen_after)
+        end_if_frozen(connection, self._lease)  # from here to the commit the job's row is locked
+        if self._progress.reports.latest:
+            self._progress.write_last(connection, [transition])
+        return bool(self._finisher.finish_in(connection, [transition]))
+
+
+def _outcome_of_broken(outcome: Outcome | None, error: BaseException, policy: Retry) -> Outcome:
+    """The outcome of a transactional attempt whose transaction broke.
+
+    After a commit whose answer was lost this may be a completed job: then its claim is over, and the fence refuses
+    what the finisher is about to write. A task that had already said how its attempt ends is heard.
+    """
+    return outcome_of(error, policy) if outcome is None or isinstance(outcome, Completed) else outcome
+
+
+class CommitGuard:
+    """Keeps a transactional task from committing its session or connection itself, which would part its rows from its
+    completion."""
+
+    def __init__(self, session: Session, connection: sa.Connection | None, definition: TaskDefinition) -> None:
+        """connection: of this attempt alone; None: one that goes on afterwards."""
+        self.open = False
+        self._name = definition.name
+        event.listen(session, "before_commit", self._before_commit)
+        if connection is not None:
+            event.listen(connection, "commit", self._refuse)
+
+    def _before_commit(self, session: Session) -> None:
+        if not session.in_nested_transaction():
+            self._refuse()
+
+    def _refuse(self, *_: object) -> None:
+        if not self.open:
+            raise IllegalTransition(
+                f"the transactional task {self._name!r} committed its session; leave that to the worker, which commits "
+                "it together with the job's completion"
+            )
