@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from pgqueue import limits, sharing, store
 from pgqueue.assignment import Assignment
-from pgqueue.engine import committing_each, looking
+from pgqueue.engine import LockNotWon, bounding_itself, committing_each, looking
 from pgqueue.holds import Holds
 from pgqueue.job import ClaimedJob, Outcome, Released
 from pgqueue.lanes import Lanes
@@ -160,8 +160,11 @@ class Claimer(DatabaseLoop):
 
         def claim(**asked: Any) -> list[ClaimedJob]:
             nonlocal found
-            with connection.begin():
-                found = limits.claim(connection, self._tables, **asked)
+            try:
+                with bounding_itself(connection), connection.begin():
+                    found = limits.claim(connection, self._tables, **asked)
+            except LockNotWon:
+                found = limits.LimitedClaim(again=True)
             return found.jobs
 
         found_all = self._claim_with(connection, slots, claim)

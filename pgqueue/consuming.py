@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -14,6 +15,7 @@ import sqlalchemy as sa
 from pgqueue import expiry, limits, operations, retention, store
 from pgqueue.arguments import checked_limit, checked_tasks, delay_seconds, is_unicode, lease_seconds
 from pgqueue.config import DEFAULT_QUEUE
+from pgqueue.engine import LockNotWon
 from pgqueue.errors import ClaimLost, ConfigurationError, WrongSession
 from pgqueue.events import events_of
 from pgqueue.executor import MESSAGE_CHARACTERS_MAX, clean, describe
@@ -29,6 +31,9 @@ SWEEP_BEFORE_CLAIM = 100
 
 #: How long a low-level `claim` leaves it at that no expired job is claimed, before it lets expired ones be dead.
 EXPIRE_SECONDS = 1.0
+
+#: How often one `claim` goes on, each time in another transaction, while the jobs that it looks at have to wait.
+CLAIM_ROUNDS_MAX = 50
 
 #: The policy behind a `nack` with an error: what a task without settings of its own has.
 _DEFAULT_RETRY = Retry()
@@ -53,7 +58,9 @@ class Consumer(Limiter):
         `tasks`: only jobs of the tasks of these names.
         First takes back claims that have expired, so that what a dead consumer held is among the result.
         """
-        return self._take(self._claim(worker, queue, tasks, limit, lease))
+        with suppress(LockNotWon):  # others under the same limits take their time, or one of them is frozen
+            return self._take(self._claim(worker, queue, tasks, limit, lease))
+        return []
 
     async def claim_async(
         self,
@@ -65,7 +72,9 @@ class Consumer(Limiter):
         lease: float | timedelta = 30.0,
     ) -> list[ClaimedJob]:
         """As `claim`, without blocking the event loop."""
-        return await self._take_async(self._claim(worker, queue, tasks, limit, lease))
+        with suppress(LockNotWon):
+            return await self._take_async(self._claim(worker, queue, tasks, limit, lease))
+        return []
 
     def _claim(
         self, worker: str, queue: str, tasks: Sequence[str] | None, limit: int, lease: float | timedelta
@@ -80,14 +89,15 @@ class Consumer(Limiter):
         seconds = lease_seconds(lease)
         if not self._limits_declared and (self.declared_limits or self._keeps_dead):
             yield from self._declare_limits(None)
-        claimed: list[ClaimedJob] | None = None
-        for sweeps in (True, False):
-            claimed = yield from change(
+        sweeps = True
+        for _ in range(CLAIM_ROUNDS_MAX):
+            found = yield from change(
                 lambda connection: self._claim_on(connection, worker, queue, names, limit, seconds, sweeps=sweeps)  # noqa: B023
             )
-            if claimed is not None:
-                break
-        return claimed or []
+            if found is not None and (found.jobs or not found.again):
+                return found.jobs
+            sweeps = False
+        return []
 
     def _claim_on(
         self,
@@ -99,7 +109,7 @@ class Consumer(Limiter):
         lease: float,
         *,
         sweeps: bool,
-    ) -> list[ClaimedJob] | None:
+    ) -> limits.LimitedClaim | None:
         """None: something was swept, which is to be committed first. A claim under limits waits for others, and must
         not keep what it swept locked meanwhile."""
         if sweeps and self._sweep_on(connection, worker):
@@ -113,7 +123,7 @@ class Consumer(Limiter):
             "tasks": tasks,
         }
         claimed = store.claim(connection, self.tables, **asked)
-        return claimed or limits.claim(connection, self.tables, **asked).jobs
+        return limits.LimitedClaim(claimed) if claimed else limits.claim(connection, self.tables, **asked)
 
     def _sweep_on(self, connection: sa.Connection, worker: str) -> bool:
         """Take back what expired, claims and jobs; whether there was something."""

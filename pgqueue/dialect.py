@@ -416,6 +416,15 @@ def ends_if_frozen(dialect_name: str, milliseconds: sa.BindParameter[str]) -> sa
     return sa.select(setting).scalar_subquery().is_not(None)
 
 
+def waits_at_most(dialect_name: str, milliseconds: sa.BindParameter[str]) -> sa.ColumnElement[bool]:
+    """A condition that always holds; no statement of the transaction then waits for a lock for longer, this one
+    included."""
+    if dialect_name == SQLITE:
+        return sa.true()
+    setting = sa.func.set_config("lock_timeout", milliseconds, sa.true())
+    return sa.select(setting).scalar_subquery().is_not(None)
+
+
 def lanes(jobs: sa.Table, queue: sa.BindParameter[str]) -> sa.Select[Any]:
     """PostgreSQL: the priorities that pending jobs of one queue have, the highest first.
 

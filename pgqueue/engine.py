@@ -318,6 +318,21 @@ class LockNotWon(Exception):
     """Somebody else kept a lock for longer than we were ready to wait."""
 
 
+@contextmanager
+def bounding_itself(connection: sa.Connection) -> Iterator[None]:
+    """For a transaction that says by itself when the server is to end it: see `is_bounding_itself`."""
+    connection.execution_options(pgqueue_bounds_itself=True)
+    try:
+        yield
+    finally:
+        if not connection.invalidated:
+            connection.execution_options(pgqueue_bounds_itself=False)
+
+
+def is_bounding_itself(connection: sa.Connection) -> bool:
+    return bool(connection.get_execution_options().get("pgqueue_bounds_itself", False))
+
+
 def idle_milliseconds(seconds: float) -> str:
     """A timeout as the server takes it."""
     return str(min(int(seconds * 1000), IDLE_MILLISECONDS_MAX))

@@ -45,10 +45,15 @@ from pgqueue.admission import (
     admit,
 )
 from pgqueue.dialect import IdArray, TextArray, id_among, id_in, now, seconds_since, text_in
-from pgqueue.engine import LockNotWon, waiting_at_most
+from pgqueue.engine import LOCK_NOT_AVAILABLE, LockNotWon, idle_milliseconds, waiting_at_most
 from pgqueue.job import FINAL_STATUSES, ClaimedJob, EventType
 from pgqueue.schema import ENDED, HOLDS_SLOT, IN_ORDER, SLOTS, Tables
 from pgqueue.store import HELD, IDS, PENDING, RUNNING
+
+#: How long a claim waits for those that go before it, and how long it may do nothing before the server ends it. It
+#: takes milliseconds.
+CLAIM_WAITS_SECONDS = 0.5
+CLAIM_IDLE_SECONDS = 5.0
 
 #: How many due jobs a claim looks at beyond those it wants, because some may have to wait.
 LOOK_AHEAD = 32
@@ -61,6 +66,12 @@ FREED_JOBS_MAX = 1_000
 
 #: With so many slots to offer, it is asked first whether anybody waits for one.
 SLOTS_MANY = 20
+
+#: One claim in so many looks for slots that nobody was told of, however much there is to claim.
+LOOK_AROUND_EVERY = 16
+
+#: So many of the jobs that wait, and of those in an order, it goes on to then.
+AROUND_JOBS_MAX = 300
 
 #: Among so many of the jobs that wait for a task, an idle claim looks for some of its queue.
 IDLE_JOBS_MAX = 1_000
@@ -165,18 +176,23 @@ def claim(
     lease: float,
     tasks: Sequence[str] | None = None,
     flush: bool = True,
+    bounded: bool = True,
 ) -> LimitedClaim:
     """As `store.claim`, keeping the limits of the queue and of the tasks.
 
-    In a transaction, which should be short: other claims under the same limits wait for its end.
+    In a transaction, which should be short: other claims under the same limits wait for its end. So, if `bounded`, the
+    server ends it when it is idle for CLAIM_IDLE_SECONDS; and LockNotWon is raised when those that go before it take
+    longer than CLAIM_WAITS_SECONDS. Both hold to the end of the transaction, which should do nothing else after this.
     """
-    gates = _lock(connection, tables, queue, tasks)
+    gates = _lock(connection, tables, queue, tasks, min(lease, CLAIM_IDLE_SECONDS) if bounded else None)
     if gates is None:
         return LimitedClaim(kept=False)
     # What it was told with the lock may be old by now: so it looks again before it comes back with too little.
     found_freed = _offer_freed(connection, tables, gates) if gates.something_ended else False
     looked = gates.something_ended
     _let_go(connection, tables, gates)
+    if token.int % LOOK_AROUND_EVERY == 0:
+        _offer_idle(connection, tables, gates)
     tokens_come: list[float | None] = []
     claimed: list[ClaimedJob] = []
     promoting = gates.queue is not None and gates.queue.promote_after is not None
@@ -252,10 +268,23 @@ def _are_kept(tables: Tables, of_tasks: bool) -> sa.Select[Any]:
     return sa.select(store.has_limits(tables, sa.bindparam("of_queue", type_=sa.Text()), of_tasks))
 
 
-def _lock(connection: sa.Connection, tables: Tables, queue: str, tasks: Sequence[str] | None) -> _Gates | None:
+def _lock(
+    connection: sa.Connection, tables: Tables, queue: str, tasks: Sequence[str] | None, idle_seconds: float | None
+) -> _Gates | None:
     """Lock the limits of a queue and of the tasks, in one order; None when there are none to keep."""
-    parameters = {"of_queue": queue, **({} if tasks is None else {"tasks": list(tasks)})}
-    rows = dialect.execute(connection, _lock_limits(tables, tasks is not None), parameters).all()
+    parameters: dict[str, Any] = {"of_queue": queue, **({} if tasks is None else {"tasks": list(tasks)})}
+    bounded = idle_seconds is not None
+    if idle_seconds is not None and tables.dialect_name == dialect.POSTGRESQL:
+        parameters |= {
+            "waits": idle_milliseconds(CLAIM_WAITS_SECONDS),
+            "milliseconds": idle_milliseconds(idle_seconds),
+        }
+    try:
+        rows = dialect.execute(connection, _lock_limits(tables, tasks is not None, bounded), parameters).all()
+    except sa.exc.OperationalError as error:
+        if bounded and getattr(error.orig, "sqlstate", None) == LOCK_NOT_AVAILABLE:
+            raise LockNotWon from error
+        raise
     if not rows:
         return None
     limits = {(row.scope, row.name): Limits(**{name: getattr(row, name) for name in _OF_CLAIMS}) for row in rows}
@@ -270,7 +299,7 @@ def _lock(connection: sa.Connection, tables: Tables, queue: str, tasks: Sequence
 
 
 @cache
-def _lock_limits(tables: Tables, of_tasks: bool) -> sa.Select[Any]:
+def _lock_limits(tables: Tables, of_tasks: bool, bounded: bool) -> sa.Select[Any]:
     limits = tables.limits
     of_task = limits.c.scope == TASK
     if of_tasks:
@@ -279,9 +308,15 @@ def _lock_limits(tables: Tables, of_tasks: bool) -> sa.Select[Any]:
     # Of any task and queue: each condition more costs as much planning as the whole look.
     ended = sa.exists(sa.select(sa.literal_column("1")).select_from(tables.jobs).where(_ENDED))
     columns = [limits.c[name] for name in ("scope", "name", *_OF_CLAIMS, "ordered", "releasing")]
+    conditions = [sa.or_(of_queue, of_task), store.are_kept(limits)]
+    if bounded:
+        conditions += [
+            dialect.waits_at_most(tables.dialect_name, sa.bindparam("waits", type_=sa.Text())),
+            dialect.ends_if_frozen(tables.dialect_name, sa.bindparam("milliseconds", type_=sa.Text())),
+        ]
     return (
         sa.select(*columns, ended.label("something_ended"))
-        .where(sa.or_(of_queue, of_task), store.are_kept(limits))
+        .where(*conditions)
         .order_by(limits.c.scope, limits.c.name)
         .with_for_update(of=limits)
     )
@@ -440,15 +475,21 @@ def _let_be_judged(tables: Tables) -> sa.Update:
 
 
 def _offer_idle(connection: sa.Connection, tables: Tables, gates: _Gates) -> bool:
-    """Let jobs of this queue be judged again that wait for a task which has slots left; whether there were some.
+    """Let jobs of this queue be judged again that wait for a task or key which has slots left, or for their turn when
+    it is; whether there were some.
 
-    Such slots were offered to jobs that nobody claims: their queue is paused or has no workers, or they were put off.
+    Such slots were offered to jobs that nobody claims (their queue is paused or has no workers, or they were put off),
+    or who had them was deleted while the next job was locked. Each time it looks at some, and at all in turn.
     """
-    tasks = [name for name, limits in gates.tasks.items() if limits.concurrency is not None]
-    if not tasks:
-        return False
-    document = json.dumps([{"task": task} for task in sorted(tasks)])
-    rows = connection.execute(_waiting_here(tables), {"tasks": document, "of_queue": gates.queue_name}).all()
+    rows: list[Any] = []
+    if gates.limited:
+        document = json.dumps([{"task": task} for task in sorted(gates.limited)])
+        rows += connection.execute(_waiting_here(tables), {"tasks": document, "of_queue": gates.queue_name})
+    place = _places.setdefault((tables, gates.queue_name), _Place())
+    if gates.keyed:
+        rows += _next_lines(connection, tables, gates, place)
+    if gates.ordered:
+        rows += _next_turns(connection, tables, gates, place)
     waiting = [Candidate(row.id, row.task, row.concurrency_key, row.ordering_key, row.rate_key) for row in rows]
     if not waiting:
         return False
@@ -463,6 +504,71 @@ def _offer_idle(connection: sa.Connection, tables: Tables, gates: _Gates) -> boo
     if not decision.admitted:
         return False
     return connection.execute(_let_unlocked_be_judged(tables), {"ids": sorted(decision.admitted)}).rowcount > 0
+
+
+@dataclass(slots=True)
+class _Place:
+    """How far this process has looked around."""
+
+    line: tuple[str, str] = ("", "")
+    turn: str = ""
+
+
+#: By queue. Only a hint: two threads may look at the same.
+_places: dict[tuple[Tables, str], _Place] = {}
+
+
+def _next_lines(connection: sa.Connection, tables: Tables, gates: _Gates, place: _Place) -> list[Any]:
+    """Of the next keys that jobs wait for, each the first of these jobs that is in this queue."""
+    task, what = place.line
+    rows = connection.execute(_lines(tables), {"of_task": task, "what": what}).all()
+    lines = list(dict.fromkeys((row.task, row.waits_for) for row in rows))
+    # Of the last one there may be more, so the next look begins with it; unless it is as long as that.
+    place.line = ("", "") if len(rows) < AROUND_JOBS_MAX else lines[-2] if len(lines) > 1 else lines[-1]
+    first: dict[tuple[str, str], Any] = {}
+    for row in rows:
+        if row.queue == gates.queue_name and row.waits_for.startswith(WAITS_FOR_KEY):
+            first.setdefault((row.task, row.waits_for), row)
+    return list(first.values())
+
+
+@cache
+def _lines(tables: Tables) -> sa.Select[Any]:
+    jobs = tables.jobs
+    after = sa.tuple_(sa.bindparam("of_task", type_=sa.Text()), sa.bindparam("what", type_=sa.Text()))
+    columns = (jobs.c[name] for name in ("id", "queue", "task", "waits_for", *store.LIMIT_KEYS))
+    return (
+        sa.select(*columns)
+        .where(jobs.c.waits_for.is_not(None), sa.tuple_(jobs.c.task, jobs.c.waits_for) > after)
+        .order_by(jobs.c.task, jobs.c.waits_for, jobs.c.priority.desc(), jobs.c.run_at, jobs.c.id)
+        .limit(AROUND_JOBS_MAX)
+    )
+
+
+def _next_turns(connection: sa.Connection, tables: Tables, gates: _Gates, place: _Place) -> list[Any]:
+    """Of the next ordering keys, each the job whose turn it is, if that waits for its turn."""
+    rows = connection.execute(_turns(tables), {"of_queue": gates.queue_name, "after": place.turn}).all()
+    place.turn = "" if len(rows) < AROUND_JOBS_MAX else rows[-1].ordering_key
+    first: dict[str, Any] = {}
+    for row in rows:
+        first.setdefault(row.ordering_key, row)
+    return [row for row in first.values() if row.waits_for == WAITS_FOR_ORDER]
+
+
+@cache
+def _turns(tables: Tables) -> sa.Select[Any]:
+    jobs = tables.jobs
+    columns = (jobs.c[name] for name in ("id", "task", "waits_for", *store.LIMIT_KEYS))
+    return (
+        sa.select(*columns)
+        .where(
+            jobs.c.queue == sa.bindparam("of_queue", type_=sa.Text()),
+            jobs.c.ordering_key > sa.bindparam("after", type_=sa.Text()),
+            sa.text(IN_ORDER),
+        )
+        .order_by(jobs.c.ordering_key, jobs.c.status.desc(), jobs.c.id)
+        .limit(AROUND_JOBS_MAX)
+    )
 
 
 @cache
@@ -1369,19 +1475,16 @@ def depth(connection: sa.Connection, tables: Tables, queue: str, *, at_most: int
 def passing_on(connection: sa.Connection, tables: Tables, job_id: int) -> Iterator[None]:
     """Within this a job may be deleted, or get other keys: what it held, was offered, or led goes on to the next.
 
-    Takes the locks that claims under the job's limits take, and before that of the job's row.
+    It takes the job's row, and no limits: in a transaction of the application that would stop all claims under them.
+    It may do so because a claim relies on a job that it judged or saw running, and holds or marks its row for that.
     """
     jobs = tables.jobs
     of_job = sa.select(jobs.c.id, jobs.c.queue, jobs.c.task, jobs.c.concurrency_key, jobs.c.ordering_key).where(
         jobs.c.id == job_id
     )
-    seen = connection.execute(of_job).one_or_none()
-    if seen is None or _lock(connection, tables, seen.queue, [seen.task]) is None:
-        yield
-        return
     before = connection.execute(of_job.with_for_update()).one_or_none()
     yield
-    if before is not None:
+    if before is not None and are_kept(connection, tables, queue=before.queue, tasks=[before.task]):
         _offer(connection, tables, [before], before.queue)
 
 

@@ -14,7 +14,15 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import event
 
-from pgqueue.engine import describe_url, end_if_frozen, explain, first_line, is_disconnect, is_transient
+from pgqueue.engine import (
+    describe_url,
+    end_if_frozen,
+    explain,
+    first_line,
+    is_bounding_itself,
+    is_disconnect,
+    is_transient,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +133,8 @@ class DatabaseLoop(threading.Thread):
         self._discard(connection)
 
     def _transaction_begins(self, connection: sa.Connection) -> None:
-        end_if_frozen(connection, self._frozen_after)
+        if not is_bounding_itself(connection):
+            end_if_frozen(connection, self._frozen_after)
 
     def _report(self, error: Exception) -> None:
         if is_transient(error):

@@ -178,7 +178,7 @@ class Rehearsal:
         claimed = store.claim(self._connection, self._tables, **asked)
         again = not claimed
         while again:
-            found = limits.claim(self._connection, self._tables, **asked)
+            found = limits.claim(self._connection, self._tables, bounded=False, **asked)
             claimed, again = found.jobs, found.again and not found.jobs
         return claimed
 
