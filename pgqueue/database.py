@@ -111,6 +111,16 @@ class Database:
                 self._async_engine, self._async_engine_is_own = make_async_engine(parse_url(self.url)), True
             return self._async_engine
 
+    @property
+    def _plain_url(self) -> str | None:
+        """The URL, with its password, for a process of this worker's; None when an engine was given, or nothing yet."""
+        with self._lock:
+            given = self._engine is not None and not self._engine_is_own
+            given_async = self._async_engine is not None and not self._async_engine_is_own
+            if self._url is None or given or given_async:
+                return None
+            return self._url.render_as_string(hide_password=False)
+
     def _new_wake_sender(self) -> WakeSender:
         return WakeSender(lambda: self.engine, self.schema)
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from pgqueue import reporting
+from pgqueue.errors import ConfigurationError
 from pgqueue.executor import describe, execute, execute_async, outcome_of
 from pgqueue.isolation import (
     IS_LINUX,
@@ -26,11 +27,12 @@ from pgqueue.isolation import (
     STARTED,
     decoded_job,
     message_of,
+    name_of,
     outcome_message,
     receive,
 )
 from pgqueue.job import ClaimedJob, Discarded, ErrorInfo, Failed, Outcome
-from pgqueue.middleware import wrapped
+from pgqueue.middleware import RunMiddleware, wrapped
 from pgqueue.task import TaskDefinition
 
 PR_SET_PDEATHSIG = 1
@@ -59,7 +61,7 @@ def main() -> None:
 def outcome_of_job(line: Line, job: ClaimedJob, asked: dict[str, Any]) -> bytes:
     """Run a job; the message that says how it ended."""
     try:
-        definition = find(asked["module"], asked["qualname"])
+        definition = find(asked)
     except BaseException as error:  # noqa: BLE001 — the application's modules may raise anything
         return outcome_message(job, Failed(describe(error)))
     line.say(message_of(job, STARTED))
@@ -160,19 +162,46 @@ def _next(worker: socket.socket) -> bytes | None:
     return None
 
 
-def find(module: str, qualname: str) -> TaskDefinition:
-    """The task that a module has under this name, as it is to be run here."""
-    found: Any = importlib.import_module(module)
-    for name in qualname.split("."):
+def find(asked: dict[str, Any]) -> TaskDefinition:
+    """The task that was asked for, as it is to be run here: with its worker's database and middleware."""
+    found: Any = importlib.import_module(asked["module"])
+    for name in asked["qualname"].split("."):
         found = getattr(found, name)
+    pgq = found.pgq
+    if pgq.schema != asked["schema"]:
+        pgq.use_schema(asked["schema"])
+    if asked["database"] is not None and asked["database"] != pgq._plain_url:
+        pgq.connect_to(asked["database"])
     definition: TaskDefinition = found.definition
-    middleware = found.pgq._run_middleware
     function = definition.function
-    if middleware:
-        function = wrapped(function, middleware, is_async=definition.is_async)
+    if asked["middleware"]:
+        function = wrapped(function, middleware_of(pgq, asked), is_async=definition.is_async)
     definition = definition.around(function)
     object.__setattr__(definition, "timeout", None)  # the worker sees to it
     return definition
+
+
+def middleware_of(pgq: Any, asked: dict[str, Any]) -> list[RunMiddleware]:
+    """The run middleware that the worker has, in its order. Raises ConfigurationError when one is not to be had here:
+    the task must not run without what, say, keeps tenants apart."""
+    chosen: list[RunMiddleware] = []
+    for module, name in asked["middleware"]:
+        registered = _not_in(chosen, pgq, module, name)
+        if registered is None and module not in ("", "__main__"):
+            importlib.import_module(module)  # which registers it, as a rule
+            registered = _not_in(chosen, pgq, module, name)
+        if registered is None:
+            raise ConfigurationError(
+                f"the process of {asked['qualname']} lacks the run middleware {module}.{name} of its worker; "
+                f"register it in a module that {asked['module']} imports"
+            )
+        chosen.append(registered)
+    return chosen
+
+
+def _not_in(chosen: list[RunMiddleware], pgq: Any, module: str, name: str) -> RunMiddleware | None:
+    named = (one for one in pgq._run_middleware if name_of(one) == [module, name])
+    return next((one for one in named if all(one is not other for other in chosen)), None)
 
 
 def run(definition: TaskDefinition, job: ClaimedJob, memory_limit: int | None) -> Outcome:

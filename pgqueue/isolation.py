@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pydantic
@@ -74,9 +74,25 @@ class Reference:
 
     module: str
     qualname: str
+    pgq: Any = field(repr=False)  #: the queue as this worker has it, whatever the child's modules say
+
+    def to_json(self) -> dict[str, Any]:
+        """With the database's password: it goes over the child's socket, and nowhere else."""
+        return {
+            "module": self.module,
+            "qualname": self.qualname,
+            "database": self.pgq._plain_url,
+            "schema": self.pgq.schema,
+            "middleware": [name_of(middleware) for middleware in self.pgq._run_middleware],
+        }
 
 
-def reference_of(task: object, definition: TaskDefinition) -> Reference:
+def name_of(function: Any) -> list[str]:
+    """Its module and its name in there."""
+    return [getattr(function, "__module__", None) or "", getattr(function, "__qualname__", type(function).__qualname__)]
+
+
+def reference_of(task: Any, definition: TaskDefinition) -> Reference:
     """Raises ConfigurationError when a child could not import the task."""
     function = definition.function
     module, qualname = getattr(function, "__module__", ""), getattr(function, "__qualname__", "")
@@ -105,7 +121,7 @@ def reference_of(task: object, definition: TaskDefinition) -> Reference:
         raise refuse(
             f"that is not the task; use @pgq.task as a decorator, or assign {qualname} = pgq.task(…)({qualname})"
         )
-    return Reference(module, qualname)
+    return Reference(module, qualname, found.pgq)
 
 
 @dataclass(slots=True, eq=False)
@@ -245,8 +261,7 @@ class _Child:
     def run(self, run: _Run, job: ClaimedJob, definition: TaskDefinition, reference: Reference) -> Outcome:
         self.has_begun = False
         message = {
-            "module": reference.module,
-            "qualname": reference.qualname,
+            **reference.to_json(),
             "memory_limit": definition.memory_limit,
             "job": _jobs.dump_python(job, mode="json"),
         }

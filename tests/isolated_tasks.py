@@ -128,6 +128,13 @@ def misbehaves(how: str) -> str:
     return "as usual"
 
 
+@pgq.task(isolation="process", retry=ONCE)
+def enqueues() -> str | None:
+    with pgq.begin() as connection:
+        plain.enqueue(connection)
+    return os.environ.pop("AROUND", None)
+
+
 @pgq.task
 def plain() -> int:
     return os.getpid()

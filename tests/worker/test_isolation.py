@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from isolated_tasks import (
     crash,
+    enqueues,
     look,
     look_async,
     misbehaves,
@@ -35,7 +37,7 @@ from jobs import claim_one
 from support import python, wait_for
 from working import drain, enqueue, enqueue_many, events, wait_for_status, working
 
-from pgqueue import ConfigurationError, PgQueue, Worker, isolated, isolation, reporting
+from pgqueue import ClaimedJob, ConfigurationError, PgQueue, Worker, isolated, isolation, reporting
 
 
 @pytest.fixture
@@ -347,7 +349,7 @@ def test_a_process_does_not_send_what_its_worker_would_not_take(
     ours, theirs = socket.socketpair()
     enqueue(misbehaves, how=how)
     job = claim_one(on_sqlite)
-    asked = {"module": "isolated_tasks", "qualname": "misbehaves", "memory_limit": None}
+    asked = {**isolation.reference_of(misbehaves, misbehaves.definition).to_json(), "memory_limit": None}
 
     with ours, theirs, monkeypatch.context() as reporters:
         line = isolated.Line(theirs)
@@ -464,6 +466,53 @@ def test_ctrl_c_at_a_terminal_lets_an_isolated_task_end(on_sqlite: PgQueue, sqli
         assert worker.wait() == 0
 
     assert on_sqlite.get_job(job_id).result == "done"
+
+
+# Where it runs ---------------------------------------------------------------------------------------------
+
+
+def test_a_task_enqueues_into_its_workers_database_whatever_its_module_and_environment_say(
+    pgq: PgQueue, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PGQUEUE_DATABASE_URL", f"sqlite:///{tmp_path / 'another.db'}")
+    enqueue(enqueues)
+
+    drain(pgq)
+
+    assert [(job.task, job.status) for job in pgq.list_jobs()] == [("plain", "completed"), ("enqueues", "completed")]
+
+
+def test_middleware_goes_around_a_task_in_its_process_wherever_it_is_defined(
+    on_sqlite: PgQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_sqlite, "_run_middleware", [])
+    importlib.reload(importlib.import_module("isolated_middleware"))
+    on_sqlite._run_middleware[:] = on_sqlite._run_middleware[-2:]
+    job_id = enqueue(enqueues)
+
+    drain(on_sqlite)
+
+    assert on_sqlite.get_job(job_id).result == "outer inner"
+
+
+def test_a_task_does_not_run_in_a_process_that_lacks_its_middleware(
+    on_sqlite: PgQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_sqlite, "_run_middleware", [])
+
+    @on_sqlite.middleware("run")
+    def only_here(job: ClaimedJob) -> Iterator[None]:
+        yield
+
+    job_id = enqueue(enqueues)
+
+    drain(on_sqlite)
+
+    job = on_sqlite.get_job(job_id)
+    assert job.error is not None
+    assert job.error["type"] == "pgqueue.errors.ConfigurationError"
+    assert "only_here" in job.error["message"]
+    assert [job.task for job in on_sqlite.list_jobs()] == ["enqueues"]
 
 
 # Other systems ---------------------------------------------------------------------------------------------
