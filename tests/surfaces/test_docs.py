@@ -284,6 +284,17 @@ def test_the_tables_of_the_design_are_those_of_the_schema() -> None:
     assert described == [table.name for table in vars(tables_for("postgresql", "pgqueue"))["metadata"].tables.values()]
 
 
+def test_every_module_has_its_line_in_the_design() -> None:
+    _, _, below = (DOCS / "design.md").read_text().partition("## The modules\n")
+    described = re.findall(r"^\| `(\w+)` \|", below.partition("\n## ")[0], re.MULTILINE)
+
+    package = PROJECT / "pgqueue"
+    modules = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"}
+    modules |= {path.parent.name for path in package.glob("*/__init__.py")}
+
+    assert sorted(described) == sorted(modules)
+
+
 def test_every_test_that_the_design_names_exists() -> None:
     named = re.findall(r"`(tests/\S+?\.py)::(\w+)`", (DOCS / "design.md").read_text())
 

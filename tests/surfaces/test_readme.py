@@ -209,16 +209,6 @@ def test_every_line_of_the_promise_names_a_test() -> None:
     assert [line for line in lines if "`tests/" not in line] == []
 
 
-def test_every_module_has_its_line_in_the_architecture() -> None:
-    described = [row[0].strip("`") for row in table_below(README, "Architecture")]
-
-    package = PROJECT / "pgqueue"
-    modules = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"}
-    modules |= {path.parent.name for path in package.glob("*/__init__.py")}
-
-    assert sorted(described) == sorted(modules)
-
-
 def test_the_settings_of_a_worker_are_described_with_their_defaults() -> None:
     described = {row[0].strip("`"): row[2].strip("`") for row in table_below(README, "Worker settings")}
 
