@@ -107,6 +107,16 @@ SYSTEMS = {
             template="pgqueue",
         ),
         System(
+            "pgqueue-delete",
+            (PYTHON, str(PROGRAMS / "pgqueue_app.py")),
+            PGQUEUE_OPEN,
+            worker=PGQUEUE_WORKER,
+            environ={"BENCH_TASK": "noop_deleted"},
+            keeps_history=False,
+            note="`def` task with `keep_completed=0`, `pgqueue worker`",
+            template="pgqueue",
+        ),
+        System(
             "pgqueue-polling",
             (PYTHON, str(PROGRAMS / "pgqueue_app.py")),
             PGQUEUE_OPEN,

@@ -118,7 +118,7 @@ def on_sqlite(bench: Bench, system: System, scale: Scale) -> Metrics:
     return {DRAIN: jobs / (ended - records.runs[0][0] / 1e6)}
 
 
-EVERYBODY = ("pgqueue", "limit", "limit-delete", *PEER_NAMES)
+EVERYBODY = ("pgqueue", "pgqueue-delete", "limit", "limit-delete", *PEER_NAMES)
 
 ROWS = (
     Row(
@@ -131,6 +131,7 @@ ROWS = (
             Claim(("pgqueue", DRAIN), (("graphile-worker", DRAIN),), at_least=1.0),
             Claim(("pgqueue", DRAIN), (("pgqueuer", DRAIN),), at_least=2.5),
             Claim(("pgqueue", DRAIN), (("limit", DRAIN),), at_least=0.8),
+            Claim(("pgqueue-delete", DRAIN), (("graphile-worker", DRAIN),), at_least=1.3),
         ),
         plotted=True,
     ),
@@ -140,7 +141,10 @@ ROWS = (
         (DRAIN,),
         EVERYBODY,
         drain_by_two,
-        claims=(Claim(("pgqueue", DRAIN), (("graphile-worker", DRAIN),), at_least=1.0),),
+        claims=(
+            Claim(("pgqueue", DRAIN), (("graphile-worker", DRAIN),), at_least=1.0),
+            Claim(("pgqueue-delete", DRAIN), (("graphile-worker", DRAIN),), at_least=1.2),
+        ),
         plotted=True,
     ),
     Row(
