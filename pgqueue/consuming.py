@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -89,11 +90,10 @@ class Consumer(Limiter):
         seconds = lease_seconds(lease)
         if not self._limits_declared and (self.declared_limits or self._keeps_dead):
             yield from self._declare_limits(None)
+        claim = functools.partial(self._claim_on, worker=worker, queue=queue, tasks=names, limit=limit, lease=seconds)
         sweeps = True
         for _ in range(CLAIM_ROUNDS_MAX):
-            found = yield from change(
-                lambda connection: self._claim_on(connection, worker, queue, names, limit, seconds, sweeps=sweeps)  # noqa: B023
-            )
+            found = yield from change(functools.partial(claim, sweeps=sweeps))
             if found is not None and (found.jobs or not found.again):
                 return found.jobs
             sweeps = False

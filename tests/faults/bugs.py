@@ -23,7 +23,7 @@ from pgqueue.job import ClaimedJob, Completed, EventType, Outcome, SweepResult, 
 from pgqueue.retry import decide
 from pgqueue.schema import Tables
 from pgqueue.task import TaskDefinition
-from pgqueue.worker import Worker
+from pgqueue.transactional import Transactional
 
 STRUCK = "bug_struck"
 
@@ -62,26 +62,26 @@ def finish_without_fence(gates: Path) -> None:
 def effects_in_another_transaction(gates: Path) -> None:
     """A transactional task commits, and then its completion does."""
 
-    def run(self: Worker, definition: TaskDefinition, job: ClaimedJob) -> Outcome:
+    def run(self: Transactional, definition: TaskDefinition, job: ClaimedJob) -> Outcome:
         (gates / STRUCK).touch()
-        with Session(self.pgq.engine) as session, session.begin():
+        with Session(self._engine) as session, session.begin():
             return execute(definition, job, session)
 
-    Worker._run_transactional = run  # type: ignore[method-assign]
+    Transactional.run = run  # type: ignore[method-assign]
 
 
 def completed_before_it_ran(gates: Path) -> None:
     """A job counts as done when it was handed out."""
 
-    def run(self: Worker, definition: TaskDefinition, job: ClaimedJob) -> None:
+    def run(self: Transactional, definition: TaskDefinition, job: ClaimedJob) -> None:
         (gates / STRUCK).touch()
-        with self.pgq.begin() as connection:
+        with self._engine.begin() as connection:
             transition = decide(job, Completed("1"), definition.retry, 0.0)
-            store.finish(connection, self.pgq.tables, [transition], actor=self.id)
-        with Session(self.pgq.engine) as session, session.begin():
+            store.finish(connection, self._tables, [transition], actor=job.claimed_by)
+        with Session(self._engine) as session, session.begin():
             execute(definition, job, session)
 
-    Worker._run_transactional = run  # type: ignore[method-assign]
+    Transactional.run = run  # type: ignore[method-assign]
 
 
 def sweep_without_second_look(gates: Path) -> None:
