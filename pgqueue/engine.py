@@ -340,11 +340,21 @@ def idle_milliseconds(seconds: float) -> str:
 
 @contextmanager
 def savepoint(connection: sa.Connection) -> Iterator[None]:
-    """A savepoint within the transaction of the connection, also where SQLite's driver has not begun one yet."""
+    """A savepoint within the transaction of the connection, also where SQLite's driver has not begun one yet. Nothing
+    where each statement commits by itself."""
+    if commits_by_itself(connection):
+        yield
+        return
     if begins_late(connection) and not getattr(connection.connection.driver_connection, "in_transaction", False):
         connection.exec_driver_sql("BEGIN")
     with connection.begin_nested():
         yield
+
+
+def commits_by_itself(connection: sa.Connection) -> bool:
+    """Whether each statement is a transaction of its own, so that no commit will be heard of."""
+    # Not bool(…): that of sqlite3 is -1 for its old way, in which there are transactions.
+    return getattr(connection.connection.driver_connection, "autocommit", False) is True
 
 
 def begins_late(connection: sa.Connection) -> bool:

@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, a
 from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 from sqlalchemy.util import await_only
 
+from pgqueue.engine import commits_by_itself
 from pgqueue.errors import NotAwaited, WrongSession
 from pgqueue.job import Job
 from pgqueue.shield import shielded
@@ -87,8 +88,8 @@ def _connection_of(session: Session, job_class: type[Job] | None) -> sa.Connecti
 def open_root(connection: sa.Connection) -> sa.RootTransaction | None:
     """The outermost transaction of the connection; None where each statement commits by itself."""
     in_transaction = getattr(connection.connection.driver_connection, "in_transaction", None)  # as SQLite says it
-    commits_by_itself = _commits_by_itself(connection) if in_transaction is None else not in_transaction
-    return None if commits_by_itself else connection.get_transaction()
+    by_itself = commits_by_itself(connection) if in_transaction is None else not in_transaction
+    return None if by_itself else connection.get_transaction()
 
 
 def checked_async(given: object, call: str) -> AsyncSession | AsyncConnection:
@@ -124,7 +125,7 @@ def wake_after_commit(target: Session | sa.Connection, connection: sa.Connection
     A wake-up is a hint: losing one costs a poll interval. So it never goes out inside the transaction, where a
     NOTIFY takes a lock for the whole server through the commit's fsync.
     """
-    if _commits_by_itself(connection):
+    if commits_by_itself(connection):
         _send({wake: {queue}}, committed=True)
         return
     if isinstance(target, Session):
@@ -142,12 +143,6 @@ def wake_after_commit(target: Session | sa.Connection, connection: sa.Connection
             event.listen(target, "rollback", _connection_rolls_back)
             event.listen(target, "rollback_twophase", _connection_rolls_back_twophase)
     wakes.setdefault(wake, set()).add(queue)
-
-
-def _commits_by_itself(connection: sa.Connection) -> bool:
-    """Whether each statement is a transaction of its own, so that no commit will be heard of."""
-    # Not bool(…): that of sqlite3 is -1 for its old way, in which there are transactions.
-    return getattr(connection.connection.driver_connection, "autocommit", False) is True
 
 
 def _session_committed(session: Session) -> None:
@@ -197,7 +192,7 @@ def _send(wakes: dict[Wake, set[str]], *, committed: bool) -> None:
 def tell_after_commit(connection: sa.Connection, tell: Callable[[], None]) -> None:
     """Call `tell` once what was done on this connection until now is committed; never when it is rolled back, not even
     to a savepoint. Unlike a wake-up it is no hint: it happens after the commit, exactly then, and once."""
-    if _commits_by_itself(connection):
+    if commits_by_itself(connection):
         _tell([tell])
         return
     told = _connection_tells.get(connection)

@@ -19,7 +19,7 @@ from sqlalchemy.dialects import postgresql
 
 from pgqueue import dialect, store
 from pgqueue.dialect import TextArray, id_among, now, seconds_from_now, text_in
-from pgqueue.engine import savepoint
+from pgqueue.engine import commits_by_itself, savepoint
 from pgqueue.errors import DuplicateJob
 from pgqueue.job import EnqueueResult, JobStatus, NewJob, OnConflict
 from pgqueue.schema import Tables
@@ -68,7 +68,7 @@ def insert_unique_jobs(
         wanted[key] = replace(template, **of_job)
     early = _early(template, chosen, len(payloads_json)) if by_key and len(chosen) > 1 else None
     # What can change hands is undone with what was stored before it.
-    all_or_none = len(chosen) > 1 and (at_once or on_conflict is not OnConflict.SKIP)
+    all_or_none = len(chosen) > 1 or template.period_seconds is not None
     for _ in range(store.CONFLICT_ROUNDS_MAX):
         with suppress(_KeysChangedHands), savepoint(connection) if all_or_none else nullcontext():
             results: dict[str, EnqueueResult] = {}
@@ -159,6 +159,8 @@ def _begin_periods(
         connection.execute(_begin(tables), {"periods": json.dumps(rows), "of_task": task, "seconds": seconds}).scalars()
     )
     lost = sorted(job_id for key, job_id in inserted.items() if key not in begun)
+    if lost and not commits_by_itself(connection):
+        raise _KeysChangedHands
     if lost:
         connection.execute(sa.delete(tables.jobs).where(id_among(tables.jobs.c.id, store.IDS)), {"ids": lost})
     return {key: job_id for key, job_id in inserted.items() if key in begun}

@@ -26,6 +26,9 @@ depends_on = None
 
 NEW_COLUMNS = ("rate_key", "waits_for", "slot", "leads_order", "cancel_requested_at", "prune_at")
 
+ENQUEUE_ARGUMENTS_BEFORE = "text, jsonb, text, integer, timestamptz, text, integer, jsonb"
+ENQUEUE_ARGUMENTS = f"{ENQUEUE_ARGUMENTS_BEFORE}, text, interval, interval, timestamptz, text, text, text"
+
 CLAIM_COLUMNS = ["queue", sa.text("priority DESC"), "run_at", "id"]
 
 
@@ -169,12 +172,16 @@ def upgrade() -> None:
         _create_audit_view(schema, prefix, view)
     if schema is not None:
         _create_jobs_as_of(schema)
+        op.execute(f"DROP FUNCTION {_name(schema, '', 'enqueue')}({ENQUEUE_ARGUMENTS_BEFORE})")
+        _create_enqueue(schema)
 
 
 def downgrade() -> None:
     schema, prefix = _where()
     if schema is not None:
         op.execute(f"DROP FUNCTION {_name(schema, prefix, 'jobs_as_of')}(timestamptz)")
+        op.execute(f"DROP FUNCTION {_name(schema, '', 'enqueue')}({ENQUEUE_ARGUMENTS})")
+        _create_enqueue_as_before(schema)
     for view in reversed(_views(schema, prefix)):
         op.execute(f"DROP VIEW {_name(schema, prefix, view.name)}")
     op.execute(f"DROP VIEW {_name(schema, prefix, 'dead_jobs')}")
@@ -870,6 +877,231 @@ $function$
         f"COMMENT ON FUNCTION {function}(timestamptz) IS "
         "'The jobs that are still stored as they stood at a past moment; a status of NULL: changed by plain SQL since. "
         "Reads all jobs and events: seconds in a long history'"
+    )
+
+
+def _create_enqueue(schema: str) -> None:
+    """For triggers and other languages: the same defaults, CHECKs and decisions as an enqueue from Python.
+
+    No percent sign in here: in SQL for people to run (`--sql`) it would come out twice.
+    """
+    function = _name(schema, "", "enqueue")
+    jobs, events, limits, periods = (
+        _name(schema, "", table) for table in ("jobs", "job_events", "limits", "unique_periods")
+    )
+    insert = f"""INSERT INTO {jobs} AS j (task, payload, queue, priority, run_at, unique_key, max_retries, metadata,
+                     expires_at, concurrency_key, ordering_key, rate_key)
+            VALUES (enqueue.task, enqueue.payload, enqueue.queue, enqueue.priority, enqueue.run_at, enqueue.unique_key,
+                    enqueue.max_retries, enqueue.metadata, expiry, enqueue.concurrency_key, enqueue.ordering_key,
+                    enqueue.rate_key)
+            ON CONFLICT DO NOTHING
+            RETURNING j.id INTO new_id;"""
+    op.execute(
+        f"""
+CREATE FUNCTION {function}(
+    task text,
+    payload jsonb DEFAULT '{{}}',
+    queue text DEFAULT 'default',
+    priority integer DEFAULT 0,
+    run_at timestamptz DEFAULT now(),
+    unique_key text DEFAULT NULL,
+    max_retries integer DEFAULT 3,
+    metadata jsonb DEFAULT '{{}}',
+    on_conflict text DEFAULT 'skip',
+    unique_for interval DEFAULT NULL,
+    expires_in interval DEFAULT NULL,
+    expires_at timestamptz DEFAULT NULL,
+    concurrency_key text DEFAULT NULL,
+    ordering_key text DEFAULT NULL,
+    rate_key text DEFAULT NULL
+) RETURNS bigint
+LANGUAGE plpgsql
+SECURITY INVOKER
+SET search_path = pg_catalog, pg_temp
+AS $function$
+#variable_conflict use_column
+DECLARE
+    new_id bigint;
+    holder_id bigint;
+    holder_status text;
+    expiry timestamptz := coalesce(enqueue.expires_at, enqueue.run_at + enqueue.expires_in);
+    full_at integer;
+    when_full text;
+    depth bigint;
+BEGIN
+    IF enqueue.on_conflict IS NULL OR enqueue.on_conflict NOT IN ('skip', 'raise', 'replace') THEN
+        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'pgqueue: on_conflict must be skip, raise or replace, got '
+                || coalesce(quote_literal(enqueue.on_conflict), 'NULL');
+    END IF;
+    IF enqueue.unique_for IS NOT NULL AND (enqueue.unique_key IS NULL OR enqueue.unique_for <= interval '0') THEN
+        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'pgqueue: unique_for must be more than 0, and needs a unique_key';
+    END IF;
+    IF enqueue.expires_in IS NOT NULL AND enqueue.expires_at IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'pgqueue: give either expires_in or expires_at, not both';
+    END IF;
+    IF expiry <= enqueue.run_at THEN
+        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'pgqueue: the job would expire before it is due';
+    END IF;
+
+    IF enqueue.ordering_key IS NOT NULL AND NOT EXISTS (
+        SELECT FROM {limits} AS l WHERE l.scope = 'queue' AND l.name = enqueue.queue AND l.ordered
+    ) THEN
+        INSERT INTO {limits} AS l (scope, name, ordered) VALUES ('queue', enqueue.queue, true)
+        ON CONFLICT (scope, name) DO UPDATE SET ordered = true;
+    END IF;
+    SELECT l.max_depth, l.on_full INTO full_at, when_full
+      FROM {limits} AS l WHERE l.scope = 'queue' AND l.name = enqueue.queue;
+    IF full_at IS NOT NULL THEN
+        SELECT count(*) INTO depth FROM (
+           (SELECT j.id FROM {jobs} AS j
+             WHERE j.queue = enqueue.queue AND j.status = 'pending' AND j.waits_for IS NULL LIMIT full_at)
+            UNION ALL
+           (SELECT j.id FROM {jobs} AS j
+             WHERE j.queue = enqueue.queue AND j.status = 'pending' AND j.waits_for IS NOT NULL LIMIT full_at)
+        ) AS pending;
+        IF depth >= full_at AND when_full = 'drop' THEN
+            RETURN NULL;
+        ELSIF depth >= full_at THEN
+            RAISE EXCEPTION USING ERRCODE = 'configuration_limit_exceeded',
+                MESSAGE = 'pgqueue: queue ' || enqueue.queue || ' is full: its max_depth is ' || full_at;
+        END IF;
+    END IF;
+
+    FOR round IN 1..5 LOOP
+        holder_id := NULL;
+        IF enqueue.unique_for IS NOT NULL THEN
+            SELECT p.job_id, coalesce(h.status, 'gone') INTO holder_id, holder_status
+              FROM {periods} AS p
+              LEFT JOIN {jobs} AS h ON h.id = p.job_id
+             WHERE p.task = enqueue.task AND p.unique_key = enqueue.unique_key AND p.until > now()
+               AND coalesce(h.status, '') NOT IN ('dead', 'cancelled');
+        END IF;
+        IF holder_id IS NULL THEN
+            IF enqueue.unique_for IS NULL THEN
+                {insert}
+            ELSE
+                BEGIN
+                    {insert}
+                    INSERT INTO {periods} AS p (task, unique_key, until, job_id)
+                    SELECT enqueue.task, enqueue.unique_key, now() + enqueue.unique_for, new_id
+                     WHERE new_id IS NOT NULL
+                    ON CONFLICT (task, unique_key) DO UPDATE SET until = EXCLUDED.until, job_id = EXCLUDED.job_id
+                     WHERE p.until <= now()
+                        OR coalesce((SELECT h.status FROM {jobs} AS h WHERE h.id = p.job_id), '')
+                           IN ('dead', 'cancelled');
+                    IF new_id IS NOT NULL AND NOT FOUND THEN
+                        -- Somebody else began it at this very moment: take the job back.
+                        RAISE EXCEPTION USING ERRCODE = 'PGQ01';
+                    END IF;
+                EXCEPTION WHEN SQLSTATE 'PGQ01' THEN
+                    CONTINUE;
+                END;
+            END IF;
+            IF new_id IS NOT NULL THEN
+                RETURN new_id;
+            END IF;
+            SELECT j.id, j.status INTO holder_id, holder_status
+              FROM {jobs} AS j
+             WHERE j.task = enqueue.task AND j.unique_key = enqueue.unique_key
+               AND j.status IN ('pending', 'running');
+            CONTINUE WHEN holder_id IS NULL;
+        END IF;
+
+        IF enqueue.on_conflict = 'skip' THEN
+            RETURN holder_id;
+        END IF;
+        IF enqueue.on_conflict = 'replace' AND holder_status = 'pending' THEN
+            UPDATE {jobs} AS j
+               SET payload = enqueue.payload, metadata = enqueue.metadata, priority = enqueue.priority,
+                   max_retries = enqueue.max_retries, run_at = enqueue.run_at, expires_at = expiry, retries = 0,
+                   error = NULL, progress = NULL, waits_for = NULL,
+                   queue = CASE WHEN j.slot IS NULL AND NOT j.leads_order THEN enqueue.queue ELSE j.queue END,
+                   concurrency_key = CASE WHEN j.slot IS NULL AND NOT j.leads_order THEN enqueue.concurrency_key
+                                          ELSE j.concurrency_key END,
+                   ordering_key = CASE WHEN j.slot IS NULL AND NOT j.leads_order THEN enqueue.ordering_key
+                                       ELSE j.ordering_key END,
+                   rate_key = CASE WHEN j.slot IS NULL AND NOT j.leads_order THEN enqueue.rate_key
+                                   ELSE j.rate_key END
+             WHERE j.task = enqueue.task AND j.unique_key = enqueue.unique_key AND j.status = 'pending'
+            RETURNING j.id INTO new_id;
+            CONTINUE WHEN new_id IS NULL;
+            INSERT INTO {events} (job_id, queue, task, event, actor, from_status, to_status, reason)
+            VALUES (new_id, enqueue.queue, enqueue.task, 'replace', 'sql:' || session_user, 'pending', 'pending',
+                    'enqueued again with the same unique key');
+            RETURN new_id;
+        END IF;
+        RAISE EXCEPTION USING ERRCODE = 'unique_violation',
+            MESSAGE = 'pgqueue: task ' || enqueue.task || ' has the ' || holder_status || ' job ' || holder_id
+                || ' with the unique key ' || quote_literal(enqueue.unique_key);
+    END LOOP;
+    RAISE EXCEPTION USING
+        ERRCODE = 'serialization_failure',
+        MESSAGE = 'pgqueue: the unique key of task ' || enqueue.task || ' changed hands while its job was enqueued';
+END
+$function$
+"""
+    )
+    op.execute(
+        f"COMMENT ON FUNCTION {function}({ENQUEUE_ARGUMENTS}) IS "
+        "'Stores a job in the calling transaction and returns its id. With a unique_key that a pending or running job "
+        "of the task has, or one enqueued less than unique_for ago, on_conflict decides: skip returns the id of that "
+        "job, raise fails, replace gives it this payload. NULL: the queue is full and drops jobs'"
+    )
+
+
+def _create_enqueue_as_before(schema: str) -> None:
+    """As the revision before has it."""
+    jobs, function = _jobs(schema, ""), _name(schema, "", "enqueue")
+    op.execute(
+        f"""
+CREATE FUNCTION {function}(
+    task text,
+    payload jsonb DEFAULT '{{}}',
+    queue text DEFAULT 'default',
+    priority integer DEFAULT 0,
+    run_at timestamptz DEFAULT now(),
+    unique_key text DEFAULT NULL,
+    max_retries integer DEFAULT 3,
+    metadata jsonb DEFAULT '{{}}'
+) RETURNS bigint
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    job_id bigint;
+BEGIN
+    FOR round IN 1..5 LOOP
+        INSERT INTO {jobs} AS j (task, payload, queue, priority, run_at, unique_key, max_retries, metadata)
+        VALUES (enqueue.task, enqueue.payload, enqueue.queue, enqueue.priority, enqueue.run_at, enqueue.unique_key,
+                enqueue.max_retries, enqueue.metadata)
+        ON CONFLICT DO NOTHING
+        RETURNING j.id INTO job_id;
+        IF job_id IS NULL THEN
+            SELECT j.id INTO job_id
+              FROM {jobs} AS j
+             WHERE j.task = enqueue.task
+               AND j.unique_key = enqueue.unique_key
+               AND j.status IN ('pending', 'running');
+        END IF;
+        IF job_id IS NOT NULL THEN
+            RETURN job_id;
+        END IF;
+    END LOOP;
+    RAISE EXCEPTION USING
+        ERRCODE = 'serialization_failure',
+        MESSAGE = 'pgqueue: the unique key of task ' || enqueue.task || ' changed hands while its job was enqueued';
+END
+$function$
+"""
+    )
+    op.execute(
+        f"COMMENT ON FUNCTION {function}({ENQUEUE_ARGUMENTS_BEFORE}) IS "
+        "'Stores a job in the calling transaction and returns its id; with a unique_key that a pending or running "
+        "job of the task has, the id of that job.'"
     )
 
 

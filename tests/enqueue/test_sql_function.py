@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from jobs import add_one, claim_one, completed, external, finish, statuses
+from jobs import add_one, claim_one, completed, external, finish, retried, statuses
 from sqlalchemy import exc
 from support import execute, rows, scalar, wait_for
 
-from pgqueue import PgQueue, migration
+from pgqueue import PgQueue, Unique, migration
 from pgqueue.engine import make_engine
 
 
@@ -42,6 +43,129 @@ def test_every_argument_is_stored(pg: PgQueue) -> None:
     assert (job.task, job.payload, job.queue, job.priority) == ("work", {"n": 1}, "mail", 7)
     assert (job.run_at.isoformat(), job.unique_key, job.max_retries) == ("2040-01-01T00:00:00+00:00", "k", 9)
     assert job.metadata == {"trace": "t"}
+
+
+def test_every_option_of_python_is_there(pg: PgQueue) -> None:
+    options = {"concurrency_key": "c", "ordering_key": "o", "rate_key": "r", "unique_key": "u"}
+    at = datetime(2040, 1, 1, tzinfo=UTC)
+    from_python = add_one(pg, task="one", at=at, expires_in=60, **options)
+
+    from_sql = call(
+        pg,
+        "'two', '{\"n\": 0}', run_at => '2040-01-01 00:00+00', expires_in => '60 s', unique_key => 'u',"
+        " concurrency_key => 'c', ordering_key => 'o', rate_key => 'r'",
+    )
+
+    one, other = vars(pg.get_job(from_python)), vars(pg.get_job(from_sql))
+    for different in ("id", "task", "created_at"):
+        del one[different], other[different]
+    assert one == other
+    moment = call(pg, "'work', expires_at => '2041-01-01 00:00+00'")
+    assert pg.get_job(moment).expires_at == datetime(2041, 1, 1, tzinfo=UTC)
+
+
+def test_an_ordering_key_alone_makes_the_queue_keep_it(pg: PgQueue) -> None:
+    first = call(pg, "'work', ordering_key => 'o'")
+    call(pg, "'work', ordering_key => 'o'")
+
+    assert [job.id for job in pg.claim("me", limit=5)] == [first]
+
+
+def test_a_taken_unique_key_is_an_error_where_that_is_asked_for(pg: PgQueue) -> None:
+    first = call(pg, "'work', unique_key => 'k', on_conflict => 'raise'")
+
+    with pytest.raises(exc.IntegrityError, match=f"task work has the pending job {first} with the unique key 'k'"):
+        call(pg, "'work', unique_key => 'k', on_conflict => 'raise'")
+
+
+def test_a_pending_job_is_replaced_where_that_is_asked_for(pg: PgQueue) -> None:
+    replace = "'work', '{\"n\": 2}', unique_key => 'k', on_conflict => 'replace'"
+    first = add_one(pg, unique_key="k", priority=1, max_retries=3)
+    finish(pg, retried(claim_one(pg)))
+
+    assert call(pg, f"{replace}, priority => 7, metadata => '{{\"a\": \"b\"}}', queue => 'mail'") == first
+
+    job = pg.get_job(first)
+    assert (job.payload, job.priority, job.metadata, job.queue, job.retries) == ({"n": 2}, 7, {"a": "b"}, "mail", 0)
+    assert [event["event"] for event in pg.job_events(first)] == ["retry", "replace"]
+    assert pg.job_events(first)[1]["actor"].startswith("sql:")
+    claim_one(pg, queue="mail")
+    with pytest.raises(exc.IntegrityError, match="the running job"):
+        call(pg, replace)
+
+
+def test_a_period_is_kept_like_one_of_python(pg: PgQueue) -> None:
+    periodic = pg.task(name="work", unique=Unique(period=3600))(lambda: None)
+    again = "'work', unique_key => 'k', unique_for => '1 hour'"
+    first = call(pg, again)
+    finish(pg, completed(claim_one(pg)))
+
+    with pg.begin() as connection:
+        from_python = periodic.using(unique_key="k").enqueue(connection)
+    assert (call(pg, again), from_python.id, from_python.inserted) == (first, first, False)
+    with pytest.raises(exc.IntegrityError, match="the completed job"):
+        call(pg, f"{again}, on_conflict => 'raise'")
+    execute(pg.engine, "UPDATE pgqueue.unique_periods SET until = now()")
+    second = call(pg, again)
+    assert second != first
+    pg.cancel(second)
+    assert call(pg, again) not in (first, second)
+
+
+def test_a_period_that_another_call_took_meanwhile_takes_the_new_job_back(pg: PgQueue) -> None:
+    """It began after this call had looked, and its job has ended already."""
+    results: list[int] = []
+    again = "'work', unique_key => 'k', unique_for => '1 hour'"
+    with pg.engine.connect() as rival:
+        his = rival.scalar(sa.text(f"SELECT pgqueue.enqueue({again})"))
+        rival.execute(sa.text("UPDATE pgqueue.jobs SET status = 'completed', finished_at = now()"))
+        caller = threading.Thread(target=lambda: results.append(call(pg, again)))
+        caller.start()
+        wait_for(
+            lambda: scalar(pg.engine, "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"),
+            "the caller to wait for the rival",
+        )
+        rival.commit()
+        caller.join()
+
+    assert results == [his]
+    assert list(statuses(pg)) == [his]
+
+
+@pytest.mark.parametrize("on_full", ["error", "block", "drop"])
+def test_a_full_queue_takes_no_more(pg: PgQueue, on_full: str) -> None:
+    pg.set_limits(queue="default", max_depth=2, on_full=on_full)
+    for _ in range(2):
+        assert call(pg, "'work'")
+    call(pg, "'work', queue => 'other'")
+
+    if on_full == "drop":
+        assert call(pg, "'work'") is None
+    else:
+        with pytest.raises(exc.DBAPIError, match="queue default is full: its max_depth is 2"):
+            call(pg, "'work'")
+    assert len(statuses(pg)) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("on_conflict => 'ignore'", "on_conflict must be skip, raise or replace, got 'ignore'"),
+        ("on_conflict => NULL", "got NULL"),
+        ("unique_for => '1 hour'", "unique_for must be more than 0, and needs a unique_key"),
+        ("unique_key => 'k', unique_for => '-1 s'", "unique_for must be more than 0"),
+        ("expires_in => '1 s', expires_at => '2040-01-01'", "give either expires_in or expires_at"),
+        ("expires_in => '0 s'", "would expire before it is due"),
+        ("expires_at => '2020-01-01'", "would expire before it is due"),
+        ("run_at => '2040-01-02', expires_at => '2040-01-01'", "would expire before it is due"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(pg: PgQueue, arguments: str, message: str) -> None:
+    with pytest.raises(exc.DBAPIError, match=message) as caught:
+        call(pg, f"'work', {arguments}")
+
+    assert getattr(caught.value.orig, "sqlstate", None) == "22023"
+    assert statuses(pg) == {}
 
 
 @pytest.mark.parametrize("number", ["5", "5::smallint", "5::bigint::integer", "(SELECT 5)"])
@@ -122,6 +246,9 @@ REFUSED = [
     ("'work', queue => ''", "23514"),
     ("'work', queue => repeat('x', 129)", "23514"),
     ("'work', unique_key => ''", "23514"),
+    ("'work', concurrency_key => ''", "23514"),
+    ("'work', rate_key => repeat('x', 513)", "23514"),
+    ("'work', expires_in => '9999 years'", "23514"),
     ("'work', unique_key => repeat('x', 513)", "23514"),
     ("'work', run_at => 'infinity'", "23514"),
     ("'work', run_at => '-infinity'", "23514"),

@@ -329,11 +329,12 @@ def test_a_rollback_takes_the_period_back(pgq: PgQueue) -> None:
     assert enqueue(resize, file="a")[1]
 
 
+@pytest.mark.parametrize("autocommit", [False, True])
 def test_a_period_that_another_enqueue_took_meanwhile_takes_the_new_job_back(
-    pgq: PgQueue, monkeypatch: pytest.MonkeyPatch
+    pg: PgQueue, autocommit: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if the other had committed, and its job completed, just after the look at the periods."""
-    resize = make(pgq, Unique(by=("file",), period=HOUR))
+    resize = make(pg, Unique(by=("file",), period=HOUR))
     insert, calls = store.insert_keyed_jobs, []
 
     def insert_first(connection: sa.Connection, *arguments: Any) -> dict[str, int]:
@@ -341,15 +342,21 @@ def test_a_period_that_another_enqueue_took_meanwhile_takes_the_new_job_back(
         inserted = insert(connection, *arguments)
         if len(calls) == 1:
             (key,) = inserted
-            connection.execute(
-                sa.insert(pgq.tables.unique_periods).values(task="resize", unique_key=key, until=FAR, job_id=999)
-            )
+            with pg.begin() as other:
+                other.execute(
+                    sa.insert(pg.tables.unique_periods).values(task="resize", unique_key=key, until=FAR, job_id=999)
+                )
         return inserted
 
     monkeypatch.setattr(store, "insert_keyed_jobs", insert_first)
 
-    assert enqueue(resize, file="a") == (999, False)
-    assert statuses(pgq) == {}
+    engine = pg.engine.execution_options(isolation_level="AUTOCOMMIT") if autocommit else pg.engine
+    with engine.connect() as connection:
+        handle = resize.enqueue(connection, file="a")
+        connection.commit()
+
+    assert (handle.id, handle.inserted) == (999, False)
+    assert statuses(pg) == {}
 
 
 def test_periods_that_are_over_are_forgotten_in_batches(pgq: PgQueue) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -12,14 +14,14 @@ from jobs import add, claim, claim_one, completed, died, finish, make_due, put, 
 from sqlalchemy.orm import Session
 from support import execute, rows, scalar
 
-from pgqueue import ConfigurationError, PgQueue, Worker, WorkerConfig, migration, store
+from pgqueue import ConfigurationError, PgQueue, Unique, Worker, WorkerConfig, migration, store
 from pgqueue.engine import make_engine
 
 PAGE = PROJECT / "docs" / "auditing.md"
 
 QUERIES = [block for block in blocks(PAGE) if "GRANT" not in block.text and "REVOKE" not in block.text]
 
-ROLES = ("observer", "auditor", "producer", "worker")
+ROLES = ("observer", "auditor", "producer", "sender", "worker")
 
 
 def live(pgq: PgQueue) -> None:
@@ -197,6 +199,57 @@ def test_a_producer_enqueues_and_changes_no_history(pg: PgQueue, roles: Callable
     assert refuses(pgq.engine, "DELETE FROM pgqueue.jobs")
     assert refuses(pgq.engine, "DELETE FROM pgqueue.job_events")
     assert refuses(pgq.engine, "UPDATE pgqueue.job_events SET actor = 'nobody'")
+
+
+@pytest.mark.parametrize("role", ["producer", "sender"])
+def test_the_sql_function_needs_no_more_rights_than_the_page_gives(
+    pg: PgQueue, roles: Callable[[str], sa.Engine], role: str
+) -> None:
+    by_sql = roles(role)
+    pg.set_limits(queue="default", max_depth=20, on_full="error")
+    options = (
+        "'work'",
+        "'work', unique_key => 'k'",
+        "'work', unique_key => 'k'",
+        "'work', unique_key => 'p', unique_for => '1 hour'",
+        "'work', unique_key => 'p', unique_for => '1 hour'",
+        "'work', ordering_key => 'o'",
+        "'work', ordering_key => 'o', concurrency_key => 'c', rate_key => 'r', expires_in => '1 hour'",
+    )
+
+    ids = [scalar(by_sql, f"SELECT pgqueue.enqueue({arguments})") for arguments in options]
+
+    assert (len(set(ids)), scalar(pg.engine, "SELECT count(*) FROM pgqueue.jobs")) == (5, 5)
+    replaces = "SELECT pgqueue.enqueue('work', unique_key => 'k', on_conflict => 'replace')"
+    assert refuses(by_sql, replaces) == (role == "sender")
+    assert refuses(by_sql, "SELECT payload FROM pgqueue.jobs") == (role == "sender")
+    assert refuses(by_sql, "DELETE FROM pgqueue.jobs")
+
+
+def test_a_producer_loses_a_period_to_somebody_else_without_a_right_to_delete(
+    pg: PgQueue, roles: Callable[[str], sa.Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pgq = PgQueue(roles("producer"))
+    tasks = [of.task(name="work", unique=Unique(by=("n",), period=3600))(lambda n: None) for of in (pg, pgq)]
+    insert = store.insert_keyed_jobs
+
+    def insert_after_another(connection: sa.Connection, *arguments: Any) -> dict[str, int]:
+        monkeypatch.setattr(store, "insert_keyed_jobs", insert)
+        with pg.begin() as other:
+            tasks[0].enqueue(other, n=1)
+        pg.ack(pg.claim("other"))
+        return insert_without_looking(connection, *arguments)
+
+    def insert_without_looking(connection: sa.Connection, *arguments: Any) -> dict[str, int]:
+        jobs = [replace(job, period_seconds=None) for job in arguments[1]]
+        return insert(connection, arguments[0], jobs)
+
+    monkeypatch.setattr(store, "insert_keyed_jobs", insert_after_another)
+    with Session(pgq.engine) as session, session.begin():
+        handle = tasks[1].enqueue(session, n=1)
+
+    assert (handle.id, handle.inserted) == (1, False)
+    assert scalar(pg.engine, "SELECT count(*) FROM pgqueue.jobs") == 1
 
 
 def test_a_worker_works_and_cannot_change_what_was_recorded(pg: PgQueue, roles: Callable[[str], sa.Engine]) -> None:
