@@ -233,8 +233,8 @@ def claim(
             token=token,
             lease=lease,
         )
-        set_aside = _set_aside(connection, tables, gates, seen, decision, contended)
-        passed_on = _pass_on_offers(connection, tables, seen.candidates, set_aside)
+        set_aside, again = _set_aside(connection, tables, gates, seen, decision, contended)
+        passed_on = _pass_on_offers(connection, tables, seen.candidates, set_aside, again)
         if len(claimed) == limit or len(decision.admitted) + len(decision.waits) < len(seen.candidates):
             break  # it has what it wants, or what the queue's own limits allow
         if len(seen.candidates) < at_most and not passed_on:
@@ -1111,8 +1111,9 @@ def _set_aside(
     seen: _Seen,
     decision: Admission,
     contended: Set[tuple[str, str]],
-) -> dict[int, str]:
-    """Move what has to wait out of the way of claims; what each of them waits for."""
+) -> tuple[dict[int, str], set[int]]:
+    """Move what has to wait out of the way of claims; what each of them waits for, and which are to be found again by
+    the next claim."""
     waits = decision.waits
     if decision.behind:
         behind = set(decision.behind.values())
@@ -1120,15 +1121,16 @@ def _set_aside(
         led = _lead(connection, tables, gates.queue_name, leaders)
         # The row of a leader that is locked may be final in a moment. Those behind it are judged by the next claim.
         waits = {job_id: what for job_id, what in waits.items() if decision.behind.get(job_id) in (None, *led)}
+    again: set[int] = set()
     if waits:
         lost = _not_tracked(connection, tables, gates, seen, decision, contended) if contended else ()
         tasks = {job.id: job.task for job in seen.candidates} if lost else {}
+        again = {job_id for job_id, what in waits.items() if lost and (tasks[job_id], what) in lost}
         rows = [
-            {"id": job_id, "waits_for": what, "again": int(bool(lost) and (tasks[job_id], what) in lost)}
-            for job_id, what in sorted(waits.items())
+            {"id": job_id, "waits_for": what, "again": int(job_id in again)} for job_id, what in sorted(waits.items())
         ]
         connection.execute(_wait(tables), {"waits": json.dumps(rows)})
-    return waits
+    return waits, again
 
 
 def _not_tracked(
@@ -1194,7 +1196,11 @@ def _await(tables: Tables, of_keys: bool) -> sa.Update:
 
 
 def _pass_on_offers(
-    connection: sa.Connection, tables: Tables, candidates: Sequence[Candidate], waits: Mapping[int, str]
+    connection: sa.Connection,
+    tables: Tables,
+    candidates: Sequence[Candidate],
+    waits: Mapping[int, str],
+    again: Set[int],
 ) -> bool:
     """Where a job that was offered a slot has to wait for something else, offer the slot to the next; whether there
     was a job to offer it to.
@@ -1209,7 +1215,8 @@ def _pass_on_offers(
     if not left:
         return False
     jobs = tables.jobs
-    connection.execute(sa.update(jobs).where(id_among(jobs.c.id, IDS)).values(slot=sa.null()), {"ids": sorted(left)})
+    cleared = sorted(left.keys() - again)
+    connection.execute(sa.update(jobs).where(id_among(jobs.c.id, IDS)).values(slot=sa.null()), {"ids": cleared})
     return _pass_on(connection, tables, left)
 
 

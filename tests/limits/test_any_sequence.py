@@ -1,5 +1,7 @@
 """Under any sequence of operations no limit is ever exceeded, and no job waits for something that will never come.
 
+Once as it is, and once without the looks around that find what was lost: here nothing is locked, so nothing is lost.
+
 Hypothesis makes up the sequences: a few in each run, always the same. PGQUEUE_LIMITS_EXAMPLES names how many new ones
 to search through.
 """
@@ -12,13 +14,14 @@ from collections import Counter
 from contextlib import suppress
 from typing import Any
 
+import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from jobs import expire, make_due, sweep
 
-from pgqueue import ClaimedJob, ClaimLost, DuplicateJob, IllegalTransition, JobNotFound, OnConflict, PgQueue
+from pgqueue import ClaimedJob, ClaimLost, DuplicateJob, IllegalTransition, JobNotFound, OnConflict, PgQueue, limits
 
 EXAMPLES = os.environ.get("PGQUEUE_LIMITS_EXAMPLES")
 
@@ -36,7 +39,7 @@ STEPS: dict[str, tuple[int, dict[str, st.SearchStrategy[Any]]]] = {
             "task": st.sampled_from(TASKS),
             "queue": st.sampled_from(QUEUES),
             "concurrency_key": KEYS,
-            "ordering_key": st.sampled_from([None, None, "x", "y"]),
+            "ordering_key": st.sampled_from([None, None, None, None, "x", "y"]),
             "rate_key": KEYS,
             "priority": st.integers(0, 1),
             "unique_key": st.sampled_from([None, None, "u"]),
@@ -47,7 +50,9 @@ STEPS: dict[str, tuple[int, dict[str, st.SearchStrategy[Any]]]] = {
     "end": (8, {"how": st.sampled_from(["ack", "release", "retry", "later", "dead"]), "number": picks}),
     "let_a_lease_run_out": (2, {"number": picks}),
     "let_delays_pass": (1, {}),
+    "offer_what_was_freed": (2, {}),
     "operate": (3, {"call": st.sampled_from(["cancel", "delete", "replay"]), "number": picks}),
+    "withdraw": (3, {"call": st.sampled_from(["cancel", "delete"]), "number": picks}),
     "change_limits": (1, {"number": picks, "size": st.integers(1, 3)}),
     "prune": (1, {}),
 }
@@ -79,10 +84,17 @@ class WithinLimits(RuleBasedStateMachine):
         with self.pgq.begin() as connection:
             for table in (tables.jobs, tables.job_events, tables.limits, tables.rate_buckets):
                 connection.execute(sa.delete(table))
-        for (scope, name), limits in self.limits.items():
-            self.pgq.set_limits(**{scope: name}, **limits)
+        self.pgq._ordered_queues.clear()  # it knows what was in the table
+        for (scope, name), kept in self.limits.items():
+            self.pgq.set_limits(**{scope: name}, **kept)
+        # From the first step on some wait for each thing that there is to wait for.
         self.enqueue("few", "default", "a", None, None, 0, None, 4)
-        self.enqueue("keyed", "limited", "a", "x", None, 0, None, 4)
+        self.enqueue("keyed", "default", "a", None, None, 0, None, 3)
+        self.enqueue("keyed", "limited", "a", None, None, 1, None, 1)
+        self.enqueue("keyed", "limited", "b", "x", None, 0, None, 3)
+        self.enqueue("rated", "limited", None, None, None, 0, None, 2)
+        for queue in QUEUES:
+            self.claim(queue, 5)
 
     @rule(step=steps)
     def take(self, step: tuple[str, dict[str, Any]]) -> None:
@@ -159,6 +171,17 @@ class WithinLimits(RuleBasedStateMachine):
         with suppress(DuplicateJob, IllegalTransition, JobNotFound):
             getattr(self.pgq, call)(jobs[number % len(jobs)].id)
 
+    def offer_what_was_freed(self) -> None:
+        """What the beginning of a claim does, which then finds nothing."""
+        assert self.pgq.claim("worker", queue="empty") == []
+
+    def withdraw(self, call: str, number: int) -> None:
+        """Of jobs that were offered a slot, if there are some."""
+        pending = self.pgq.list_jobs(status="pending", limit=100)
+        offered = [job for job in pending if job.slot == "offered"] or pending
+        if offered:
+            getattr(self.pgq, call)(offered[number % len(offered)].id)
+
     def change_limits(self, number: int, size: int) -> None:
         (scope, name), kept = list(self.limits.items())[number % len(self.limits)]
         if "rate" in kept:
@@ -189,6 +212,26 @@ class WithinLimits(RuleBasedStateMachine):
                 for key in {job.concurrency_key for job in mine if job.id in claimed_last} - {None}:
                     assert keys[key] <= kept["key_concurrency"]
 
+    @invariant()
+    def for_each_slot_that_a_job_waits_for_there_is_a_job_that_will_pass_it_on(self) -> None:
+        jobs = [*self.pgq.list_jobs(limit=1000)]
+        for waits in jobs:
+            what = waits.waits_for
+            if what != "task" and not (what or "").startswith("key:"):
+                continue
+            limit = self.limits.get(("task", waits.task), {}).get(
+                "concurrency" if what == "task" else "key_concurrency"
+            )
+            passes_on = [
+                job
+                for job in jobs
+                if job.task == waits.task
+                and job.slot in ("awaited", "offered")
+                and (what == "task" or what == f"key:{job.concurrency_key}")
+                and not (job.slot == "offered" and job.waits_for == what)
+            ]
+            assert len(passes_on) >= (limit or 0), f"{waits.id} waits for {what}"
+
     @property
     def last_claimed(self) -> list[ClaimedJob]:
         return [job for job in self.claims if job.claim_token == self.claims[-1].claim_token] if self.claims else []
@@ -214,11 +257,16 @@ class WithinLimits(RuleBasedStateMachine):
         raise AssertionError(f"these wait for ever: {left}")
 
 
-def test_any_sequence_of_operations_keeps_the_limits_and_lets_every_job_run(pgq: PgQueue) -> None:
+@pytest.mark.parametrize("looks_around", [True, False], ids=["looking around", "without looking around"])
+def test_any_sequence_of_operations_keeps_the_limits_and_lets_every_job_run(
+    pgq: PgQueue, monkeypatch: pytest.MonkeyPatch, looks_around: bool
+) -> None:
+    if not looks_around:
+        monkeypatch.setattr(limits, "_offer_idle", lambda *arguments: False)
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         lambda: WithinLimits(pgq),
         settings=settings(
-            max_examples=int(EXAMPLES or 5),
+            max_examples=int(EXAMPLES or (2 if looks_around else 4)),
             stateful_step_count=40,
             derandomize=EXAMPLES is None,
             database=None,

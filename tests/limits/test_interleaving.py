@@ -55,6 +55,45 @@ def test_a_token_is_kept_for_a_waiting_job_that_somebody_has_locked(pg: PgQueue)
     assert ids(claim(pg)) == [waits]
 
 
+@pytest.mark.parametrize("limit", ["concurrency", "key_concurrency"])
+def test_a_job_that_has_to_wait_for_one_that_ends_at_that_moment_is_not_forgotten(
+    pg: PgQueue, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setattr(limits, "_offer_idle", lambda *arguments: False)
+    pg.set_limits(task="work", **{limit: 1})
+    (_, waits) = put(pg, pg.external_task("work"), 2, concurrency_key="a")
+    (holder,) = claim(pg, 1)
+
+    with pg.engine.connect() as connection:
+        pg.ack(holder, session=connection)
+        assert claim(pg) == []
+        connection.commit()
+
+    assert ids(claim(pg)) == [waits]
+
+
+@pytest.mark.parametrize("limit", ["concurrency", "key_concurrency"])
+def test_a_job_is_not_forgotten_that_has_to_wait_for_one_that_ended_since_it_was_counted(
+    pg: PgQueue, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setattr(limits, "_offer_idle", lambda *arguments: False)
+    pg.set_limits(task="work", **{limit: 1})
+    (_, waits) = put(pg, pg.external_task("work"), 2, concurrency_key="a")
+    (holder,) = claim(pg, 1)
+    look = limits._look
+
+    def look_and_be_overtaken(*arguments: Any, **options: Any) -> Any:
+        seen = look(*arguments, **options)
+        monkeypatch.setattr(limits, "_look", look)
+        pg.ack(holder)
+        return seen
+
+    monkeypatch.setattr(limits, "_look", look_and_be_overtaken)
+    started = claim(pg) + claim(pg)
+
+    assert ids(started) == [waits]
+
+
 @pytest.mark.parametrize("limit", [{"concurrency": 1}, {"rate": 0.001, "burst": 1}])
 def test_a_lifted_limit_lets_a_job_go_that_somebody_has_locked(pg: PgQueue, limit: dict[str, float]) -> None:
     pg.set_limits(task="work", **limit)
