@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 #: Another worker that gave no sign of life for so many of this one's leases is not there.
 SILENT_LEASES = 2
 
+#: Between the claim of a job that a worker was told of and a look for others, so that the job starts first.
+LOOK_DELAY_SECONDS = 0.005
+
 #: The first wait of a draining worker for due jobs that it could not claim; it doubles up to the poll interval.
 DRAIN_SECONDS_MIN = 0.01
 
@@ -146,8 +149,12 @@ class Claimer(DatabaseLoop):
         else:
             # What a worker is told of lies behind the marks, as a rule.
             goes_on = lanes.known and (told or not lanes.may_look())
+            before = slots.started
             found_all = goes_on and self._claim(connection, slots, lanes)
-            if lanes.may_look() and (not found_all or lanes.should_look()):
+            if told and not found_all and slots.started > before and not lanes.should_look():
+                # What it was told of is found. Let that start, before this thread looks for what else there may be.
+                slots.looks_empty_until = min(slots.looks_empty_until, time.monotonic() + LOOK_DELAY_SECONDS)
+            elif lanes.may_look() and (not found_all or lanes.should_look()):
                 pending = self._look(connection, slots, lanes)
                 found_all = found_all or (pending and self._claim(connection, slots, lanes))
             elif not found_all:
@@ -182,8 +189,11 @@ class Claimer(DatabaseLoop):
     def _look(self, connection: sa.Connection, slots: Slots, lanes: Lanes) -> bool:
         """Let the next claim begin at the front of each lane; False when nothing is pending."""
         began = time.monotonic()
+        pending: list[int] = []
+        limited = False
         with committing_each(connection):
-            pending, limited = store.lanes(connection, self._tables, queue=slots.name, tasks=self._task_names)
+            if not lanes.last_look_found_none or store.is_any_pending(connection, self._tables, queue=slots.name):
+                pending, limited = store.lanes(connection, self._tables, queue=slots.name, tasks=self._task_names)
         if limited:
             self._limited.add(slots.name)
         lanes.looked(pending, began, time.monotonic())

@@ -36,6 +36,7 @@ class Lanes:
 
     def __init__(self) -> None:
         self.look_allowed_at = 0.0  #: monotonic; to look from the front before would cost too much
+        self.last_look_found_none = True
         self._look_wanted_at = 0.0
         self._took = deque([0.0], maxlen=LOOKS_JUDGED)  # seconds, the latest looks
         self._marks: dict[int, tuple[datetime | None, int]] = {}
@@ -54,8 +55,10 @@ class Lanes:
 
     def looked(self, priorities: Iterable[int], began: float, ended: float) -> None:
         """Jobs are pending in these lanes; to find that out took from `began` to `ended`."""
+        self.last_look_found_none = True
         for priority in priorities:
             self._marks[priority] = (None, 0)
+            self.last_look_found_none = False
         self._took.append(ended - began)
         rest = min(min(self._took) / LOOK_SHARE, LOOK_SECONDS_MAX)
         self.look_allowed_at = ended + rest

@@ -465,6 +465,22 @@ def lanes(
     return [priority for priority, _ in rows], any(limited for _, limited in rows)
 
 
+def is_any_pending(connection: sa.Connection, tables: Tables, *, queue: str) -> bool:
+    """Whether there is a lane at all: a third of the work of `lanes`, for an idle worker. For PostgreSQL."""
+    return connection.execute(_first_lane(tables), {"of_queue": queue}).first() is not None
+
+
+@cache
+def _first_lane(tables: Tables) -> sa.Select[Any]:
+    """In the order of the index for claims, or the planner may hope to meet a pending job early in the table."""
+    jobs = tables.jobs
+    queue = sa.bindparam("of_queue", type_=sa.Text())
+    pending = sa.select(jobs.c.priority).where(
+        jobs.c.queue == queue, jobs.c.status == PENDING, jobs.c.waits_for.is_(None)
+    )
+    return pending.order_by(jobs.c.priority.desc()).limit(sa.literal_column("1"))
+
+
 @cache
 def _lanes(tables: Tables, of_tasks: bool) -> sa.Select[Any]:
     queue = sa.bindparam("of_queue", type_=sa.Text())

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 #: The system may deliver a signal to any thread, but Python handles it in the main thread, once that one moves. So
 #: the main thread never waits longer than this.
-SIGNAL_SECONDS = 0.5
+SIGNAL_SECONDS = 1.0
 
 #: How long a stopping worker tries to write how its last jobs ended.
 FINISH_SECONDS = 10.0

@@ -26,6 +26,17 @@ def test_without_a_look_no_lane_is_known_and_a_look_is_due() -> None:
     assert lanes.should_look()
 
 
+def test_lanes_know_whether_the_last_look_found_anything() -> None:
+    lanes = Lanes()
+    found_none = [lanes.last_look_found_none]
+
+    for priorities in ([3, 0], [], [0]):
+        lanes.looked(priorities, began=0.0, ended=0.0)
+        found_none.append(lanes.last_look_found_none)
+
+    assert found_none == [True, False, True, False]
+
+
 def test_claims_go_on_behind_the_last_job_of_each_lane_highest_priority_first() -> None:
     lanes = Lanes()
     lanes.looked([0, 9], began=0.0, ended=0.0)

@@ -43,6 +43,7 @@ HOT: dict[str, Callable[[sa.Connection, PgQueue, Claims], Any]] = {
     "claim_unflushed": lambda connection, pgq, claims: store.claim(
         connection, pgq.tables, queue="default", worker="w", token=uuid.uuid4(), limit=100, lease=30, flush=False
     ),
+    "is_any_pending": lambda connection, pgq, claims: store.is_any_pending(connection, pgq.tables, queue="default"),
     "extend": lambda connection, pgq, claims: store.extend(connection, pgq.tables, claims, lease=30),
     "complete": lambda connection, pgq, claims: store.finish(
         connection,
@@ -265,6 +266,7 @@ INDEXES: dict[str, list[set[str]]] = {
     "enqueue_many": [set()],
     "claim": [{"jobs_claim"}, {"jobs_claim", "pk_jobs"}],
     "claim_unflushed": [{"jobs_claim"}, {"jobs_claim", "pk_jobs"}],
+    "is_any_pending": [{"jobs_claim"}],
     "extend": [{"pk_jobs"}, {"pk_jobs"}],
     "complete": [{"pk_jobs"}],
     "complete_alike": [{"pk_jobs"}],
@@ -363,6 +365,7 @@ SQLITE_PLANS: dict[str, list[str]] = {
     "enqueue_many": [],
     "claim": ["INTEGER PRIMARY KEY", "INDEX pgqueue_jobs_claim"],
     "claim_unflushed": ["INTEGER PRIMARY KEY", "INDEX pgqueue_jobs_claim"],
+    "is_any_pending": ["INDEX pgqueue_jobs_claim"],
     "extend": ["INTEGER PRIMARY KEY", "INTEGER PRIMARY KEY", "INTEGER PRIMARY KEY"],
     "complete": ["INTEGER PRIMARY KEY"],
     "complete_alike": ["INTEGER PRIMARY KEY"],
