@@ -24,6 +24,9 @@ PAGES = ("CHANGELOG.md", "examples/README.md", "examples/*/README.md")
 
 COMMANDS = "reference/commands.md"
 
+#: A section of the README, which is no page itself: its front is the site's.
+PROMISE, PROMISE_ANCHOR = "promise.md", "#the-promise"
+
 #: Options that every command has, told of once.
 COMMON = ("--database-url", "--schema", "--app", "--output", "--log-level", "--verbose", "--quiet", "--no-color")
 
@@ -32,6 +35,7 @@ _LINK = re.compile(r"(!?\[(?P<text>[^\]]*)\])\((?P<path>[^)#:\s]+)(?P<anchor>#[^
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, COMMANDS, content=commands_page()))
+    files.append(File.generated(config, PROMISE, content=promise_page()))
     for path in outside_pages():
         files.append(File.generated(config, path, content=(PROJECT / path).read_text()))
     for path in linked_sources(files):
@@ -66,13 +70,20 @@ def _target(src_uri: str, link: str) -> str:
 
 
 def _in_site(link: re.Match[str], src_uri: str) -> str:
-    target = _target(src_uri, link["path"])
+    target, anchor = _target(src_uri, link["path"]), link["anchor"] or ""
     if (PROJECT / target).is_dir():
         return link["text"]
     if target == "README.md":
-        target = "docs/index.md"
+        target, anchor = (f"docs/{PROMISE}", "") if anchor == PROMISE_ANCHOR else ("docs/index.md", anchor)
     there = os.path.relpath(target.removeprefix("docs/"), PurePosixPath(src_uri).parent)
-    return f"{link[1]}({there}{link['anchor'] or ''})"
+    return f"{link[1]}({there}{anchor})"
+
+
+def promise_page() -> str:
+    _, _, below = (PROJECT / "README.md").read_text().partition("\n## The promise\n")
+    section = below.partition("\n## ")[0]
+    assert section, "README.md has no section about the promise"
+    return f"# The promise\n{section}"
 
 
 # The command line ----------------------------------------------------------------------------------------------
