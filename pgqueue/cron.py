@@ -188,6 +188,8 @@ def _settle_all(rule: CronRule, first: datetime, now: datetime) -> Due:
 
 def _latest_tick(rule: CronRule, first: datetime, now: datetime) -> datetime:
     """The last tick not later than `now`; `first` is one. By halving the time between: that may be years."""
+    if rule.next_after(first) > now:
+        return first  # as nearly always
     latest, end = first, now
     while end > latest:
         following = rule.next_after(latest + (end - latest) // SECOND // 2 * SECOND)

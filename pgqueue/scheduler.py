@@ -163,8 +163,7 @@ class Scheduler:
         next_tick_at = due.next_tick_at
         for tick in due.ticks:
             try:
-                with connection.begin_nested():
-                    self._enqueue(connection, schedule, tick, settled)
+                self._enqueue(connection, schedule, tick, settled)
             except Exception as error:
                 if not (isinstance(error, PgqueueError) or is_refusal(error) or is_locked(error)):
                     raise
@@ -190,12 +189,13 @@ class Scheduler:
         return settled
 
     def _enqueue(self, connection: sa.Connection, schedule: Schedule, tick: datetime, settled: _Settled) -> None:
-        if not schedules.add_tick(connection, self._tables, schedule.name, tick):
-            return
-        result = enqueue(connection, connection, self._tables, schedule, self._tasks, tick)
-        if result.inserted:
-            schedules.set_job(connection, self._tables, schedule.name, tick, result.id)
-            settled.queues.add(schedule.queue)
+        with connection.begin_nested() as savepoint:
+            result = enqueue(connection, connection, self._tables, schedule, self._tasks, tick)
+            job_id = result.id if result.inserted else None
+            if not schedules.add_tick(connection, self._tables, schedule.name, tick, job_id):
+                savepoint.rollback()  # and with it the job: somebody moved the schedule back
+            elif result.inserted:
+                settled.queues.add(schedule.queue)
 
     def _put_aside(self, schedule: Schedule, error: Exception) -> None:
         if is_locked(error):

@@ -124,9 +124,9 @@ def wait_briefly(connection: sa.Connection) -> None:
 _LOCK_TIMEOUT = {"milliseconds": str(LOCK_MILLISECONDS)}
 
 
-def add_tick(connection: sa.Connection, tables: Tables, name: str, tick: datetime) -> bool:
-    """Take a tick of a schedule; False when somebody has it already."""
-    taken = connection.execute(_add_tick(tables), {"schedule": name, "tick_at": tick})
+def add_tick(connection: sa.Connection, tables: Tables, name: str, tick: datetime, job_id: int | None) -> bool:
+    """Write down a tick of a schedule, and the job it gets; False when somebody has done so already."""
+    taken = connection.execute(_add_tick(tables), {"schedule": name, "tick_at": tick, "job_id": job_id})
     return taken.one_or_none() is not None
 
 
@@ -138,12 +138,6 @@ def _add_tick(tables: Tables) -> Any:
         .on_conflict_do_nothing(index_elements=[ticks.c.schedule, ticks.c.tick_at])
         .returning(ticks.c.schedule)
     )
-
-
-def set_job(connection: sa.Connection, tables: Tables, name: str, tick: datetime, job_id: int) -> None:
-    """Write down which job a tick got."""
-    ticks = tables.schedule_ticks
-    connection.execute(sa.update(ticks).where(ticks.c.schedule == name, ticks.c.tick_at == tick).values(job_id=job_id))
 
 
 def settled(

@@ -26,8 +26,7 @@ SENT: dict[str, Callable[[sa.Connection, PgQueue], Any]] = {
     "lock_due": lambda connection, pgq: schedules.lock_due(
         connection, pgq.tables, tasks=["work"], aside=["odd"], limit=20
     ),
-    "add_tick": lambda connection, pgq: schedules.add_tick(connection, pgq.tables, "s1", TICK),
-    "set_job": lambda connection, pgq: schedules.set_job(connection, pgq.tables, "s1", TICK, 1),
+    "add_tick": lambda connection, pgq: schedules.add_tick(connection, pgq.tables, "s1", TICK, 1),
     "prune_ticks": lambda connection, pgq: schedules.prune_ticks(connection, pgq.tables),
 }
 
@@ -91,6 +90,5 @@ def test_beside_many_schedules_and_ticks_every_statement_goes_by_its_index(pg: P
         "next_due": [{"schedules_next"}],
         "lock_due": [{"schedules_next"}],
         "add_tick": [{"arbiter pk_schedule_ticks"}],
-        "set_job": [{"pk_schedule_ticks"}],
         "prune_ticks": [{"schedule_ticks_created"}, {"pk_schedule_ticks"}],
     }

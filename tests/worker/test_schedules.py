@@ -214,16 +214,17 @@ def test_a_tick_that_somebody_settled_already_makes_no_second_job(pgq: PgQueue, 
     assert len(pgq.list_jobs()) == len(ticks_of(pgq)) in (len(made), len(made) + 1)  # a minute may have passed
 
 
-def test_a_crash_between_the_tick_and_its_job_leaves_neither(
-    pgq: PgQueue, report: Task[..., Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("before", [(store, "insert_job"), (schedules, "add_tick"), (schedules, "settled")])
+def test_a_crash_between_a_job_its_tick_and_the_step_to_the_next_leaves_none_of_them(
+    pgq: PgQueue, report: Task[..., Any], monkeypatch: pytest.MonkeyPatch, before: tuple[Any, str]
 ) -> None:
     upsert(pgq, cron=EVERY_MINUTE)
     set_back(pgq, seconds=90)
     with monkeypatch.context() as broken:
-        broken.setattr(store, "insert_job", crash)
+        broken.setattr(*before, crash)
         with pytest.raises(Crash):
             Steps(pgq).step()
-    assert ticks_of(pgq) == []
+    assert (ticks_of(pgq), pgq.list_jobs()) == ([], [])
 
     Steps(pgq).settle()
 
