@@ -11,6 +11,7 @@ from pgqueue.inspecting import Inspector
 from pgqueue.operating import Operator
 from pgqueue.options import EnqueueOptions
 from pgqueue.repairing import Repairer
+from pgqueue.scheduling import Schedules
 
 __all__ = ["EnqueueOptions", "PgQueue", "Task"]
 
@@ -31,3 +32,8 @@ class PgQueue(Consumer, Inspector, Operator, Repairer):
 
     def __repr__(self) -> str:
         return f"PgQueue(schema={self.schema!r}, tasks={sorted(self.tasks)!r})"
+
+    @property
+    def schedules(self) -> Schedules:
+        """The schedules in the database: make, list, enable, disable, run and delete them."""
+        return Schedules(self)

@@ -213,27 +213,27 @@ class Database:
     def _take_one(self, step: Step[Any]) -> Any:
         if step.only_reads:
             with self.reading() as connection:
-                return step.work(connection)
+                return step.work(connection, connection)
         with self.begin() as connection:
             end_if_frozen(connection, FROZEN_SECONDS)
-            result = step.work(connection)
+            result = step.work(connection, connection)
         self._wake_workers(step, result)
         return result
 
     async def _take_one_async(self, step: Step[Any]) -> Any:
         if step.only_reads:
-            return await self.read_async(step.work)
+            return await self.read_async(lambda connection: step.work(connection, connection))
         with errors_explained(self.url):
             async with self.async_engine.begin() as connection:
                 await connection.run_sync(end_if_frozen, FROZEN_SECONDS)
-                result = await connection.run_sync(step.work)
+                result = await connection.run_sync(lambda sync: step.work(sync, sync))
         self._wake_workers(step, result)
         return result
 
     def _take_within(self, step: Step[Any], target: Session | sa.Connection, connection: sa.Connection) -> Any:
         """Take a step in a caller's transaction."""
         with errors_explained(connection.engine.url):
-            result = step.work(connection)
+            result = step.work(target, connection)
         if connection.dialect.name == POSTGRESQL:
             for queue in step.wakes(result):
                 wake_after_commit(target, connection, queue, self._wake_sender)

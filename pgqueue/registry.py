@@ -22,7 +22,7 @@ from pgqueue.inserting import Inserter
 from pgqueue.limits import Scope
 from pgqueue.middleware import RunMiddleware, enqueue_middleware, run_middleware
 from pgqueue.retry import Retry, as_seconds
-from pgqueue.scheduling import Schedules, new_schedule
+from pgqueue.scheduled import new_schedule
 from pgqueue.task import TaskDefinition, checked_name
 from pgqueue.transaction import AsyncTransaction, SyncTransaction
 from pgqueue.unique import Unique
@@ -185,11 +185,6 @@ class Registry(Inserter):
             return task
 
         return declare
-
-    @property
-    def schedules(self) -> Schedules:
-        """The schedules in the database: make, list, enable, disable, run and delete them."""
-        return Schedules(self)
 
     def external_task(
         self,

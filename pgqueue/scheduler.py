@@ -19,7 +19,7 @@ from pgqueue import schedules
 from pgqueue.cron import MISSED_SECONDS, TICKS_PER_PASS, Catchup, NewSchedule, Schedule, settle
 from pgqueue.engine import committing_each, first_line, is_locked, is_refusal
 from pgqueue.errors import PgqueueError
-from pgqueue.scheduling import enqueue
+from pgqueue.scheduled import enqueue
 from pgqueue.schema import Tables
 
 logger = logging.getLogger(__name__)

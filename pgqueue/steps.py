@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import sqlalchemy as sa
+from sqlalchemy.orm import Session
 
 T = TypeVar("T")
 
@@ -19,7 +20,8 @@ T = TypeVar("T")
 class Step(Generic[T]):
     """What happens in one transaction."""
 
-    work: Callable[[sa.Connection], T]
+    work: Callable[[Session | sa.Connection, sa.Connection], T]
+    #: gets what the transaction was opened with, and its connection
     only_reads: bool
     wakes: Callable[[T], Iterable[str]]  #: from the work's result: queues whose workers to wake after the commit
 
@@ -30,13 +32,20 @@ Steps = Generator[Step[Any], Any, T]
 
 def look(work: Callable[[sa.Connection], T]) -> Steps[T]:
     """The step of a call that only reads; its result."""
-    result: T = yield Step(work, only_reads=True, wakes=_nobody)
+    result: T = yield Step(lambda _, connection: work(connection), only_reads=True, wakes=_nobody)
     return result
 
 
 def change(work: Callable[[sa.Connection], T], wakes: Callable[[T], Iterable[str]] | None = None) -> Steps[T]:
     """The step of a call that writes; its result."""
-    result: T = yield Step(work, only_reads=False, wakes=_nobody if wakes is None else wakes)
+    wakes = _nobody if wakes is None else wakes
+    result: T = yield Step(lambda _, connection: work(connection), only_reads=False, wakes=wakes)
+    return result
+
+
+def insert(work: Callable[[Session | sa.Connection, sa.Connection], T]) -> Steps[T]:
+    """The step of a call that stores jobs, which wakes workers by itself; its result."""
+    result: T = yield Step(work, only_reads=False, wakes=_nobody)
     return result
 
 

@@ -7,6 +7,7 @@ import inspect
 import pytest
 
 from pgqueue import JobHandle, PgQueue, Task
+from pgqueue.scheduling import Schedules
 
 #: Calls that touch no database, or that hand out a connection.
 WITHOUT_TWIN = {
@@ -33,7 +34,7 @@ def calls_of(owner: type) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("owner", [PgQueue, Task, JobHandle])
+@pytest.mark.parametrize("owner", [PgQueue, Task, JobHandle, Schedules])
 def test_every_call_that_uses_the_database_has_an_asynchronous_twin(owner: type) -> None:
     calls = calls_of(owner)
 
@@ -42,7 +43,7 @@ def test_every_call_that_uses_the_database_has_an_asynchronous_twin(owner: type)
     assert missing <= WITHOUT_TWIN
 
 
-@pytest.mark.parametrize("owner", [PgQueue, Task, JobHandle])
+@pytest.mark.parametrize("owner", [PgQueue, Task, JobHandle, Schedules])
 def test_twins_take_the_same_arguments_and_say_what_they_do(owner: type) -> None:
     calls = calls_of(owner)
 

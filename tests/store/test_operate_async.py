@@ -21,6 +21,7 @@ from pgqueue import (
     JobStatus,
     Limits,
     PgQueue,
+    ScheduleNotFound,
     TaskNotFound,
     WrongSession,
 )
@@ -261,6 +262,51 @@ def test_another_kind_of_session_is_refused(pgq: PgQueue, run: Run) -> None:
         run(replay(session))
     with pytest.raises(WrongSession, match="got str"):
         run(replay("session"))
+
+
+# Schedules ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nightly(pgq: PgQueue) -> str:
+    """A schedule in the database."""
+
+    @pgq.task
+    def report(days: int) -> None: ...
+
+    with pgq.begin() as connection:
+        pgq.schedules.upsert(connection, "nightly", cron="0 3 * * *", task=report, payload={"days": 1})
+    return "nightly"
+
+
+def test_a_schedule_is_looked_at_disabled_run_and_deleted(pgq: PgQueue, run: Run, nightly: str) -> None:
+    calls = pgq.schedules
+
+    assert run(calls.get_async(nightly)) == calls.get(nightly)
+    assert run(calls.list_async()) == calls.list()
+    assert (run(calls.disable_async(nightly)), run(calls.disable_async(nightly))) == (True, False)
+    assert run(calls.enable_async(nightly, reason="again", actor="ann")) is True
+    handle = run(calls.run_now_async(nightly))
+    assert run(handle.job_async()).payload == {"days": 1}
+    run(calls.delete_async(nightly))
+    with pytest.raises(ScheduleNotFound):
+        run(calls.get_async(nightly))
+
+
+@pytest.mark.parametrize("kind", ["session", "connection"])
+def test_a_schedule_is_changed_in_the_applications_transaction(pgq: PgQueue, run: Run, nightly: str, kind: str) -> None:
+    async def do(*, commits: bool) -> None:
+        session: Any = AsyncSession(pgq.async_engine) if kind == "session" else pgq.async_engine.connect()
+        async with session:
+            await pgq.schedules.run_now_async(nightly, session=session)
+            await pgq.schedules.disable_async(nightly, session=session)
+            await (session.commit() if commits else session.rollback())
+
+    run(do(commits=False))
+    assert (pgq.schedules.get(nightly).enabled, statuses(pgq)) == (True, {})
+
+    run(do(commits=True))
+    assert (pgq.schedules.get(nightly).enabled, list(statuses(pgq).values())) == (False, ["pending"])
 
 
 # Wake-ups ----------------------------------------------------------------------------------------------------

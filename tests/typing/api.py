@@ -67,6 +67,9 @@ def schedule(session: Session) -> Schedule:
 
 async def schedule_async(session: AsyncSession) -> Schedule:
     pgq.schedules.upsert(session, "tenant-1", cron="*/5 * * * *", task="nightly")  # type: ignore[arg-type]
+    handle: JobHandle = await pgq.schedules.run_now_async("tenant-1", session=session)
+    await pgq.schedules.disable_async("tenant-1", session="x")  # type: ignore[arg-type]
+    assert await handle.status_async()
     return await pgq.schedules.upsert_async(session, "tenant-1", cron="*/5 * * * *", task="nightly")
 
 
