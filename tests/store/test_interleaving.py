@@ -1,99 +1,21 @@
 """Two sweeps, a late finish and others at one job at once, in every order: no deadlock, one end, one event.
 
-Each operation has a connection of its own and is taken one step at a time: its statement, then its commit. An
-operation that meets a lock is seen waiting in pg_stat_activity; the others go on.
+Each operation is taken one step at a time: its statement, then its commit. See interleaving.py.
 """
 
 from __future__ import annotations
 
-import itertools
-import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from interleaving import Work, orders, play, unexpected
 from jobs import add, claim, claim_one, completed, died, everything, expire, retried, row
-from support import PATIENCE_SECONDS
 
-from pgqueue import ClaimedJob, ClaimLost, IllegalTransition, PgQueue, operations, store
+from pgqueue import ClaimedJob, IllegalTransition, PgQueue, operations, store
 from pgqueue.job import Transition
-
-Work = Callable[[sa.Connection], Any]
-
-STEPS = ("run", "commit")
-
-LOOK_AGAIN_SECONDS = 0.002
-
-
-class Operation:
-    """One transaction in a thread of its own, started and committed on command."""
-
-    def __init__(self, engine: sa.Engine, watcher: sa.Connection, name: str, work: Work) -> None:
-        self._watcher = watcher
-        self._connection = engine.connect()
-        self._connection.execute(
-            sa.text(
-                "SELECT set_config('application_name', :name, false), set_config('statement_timeout', '30s', false)"
-            ),
-            {"name": name},
-        )
-        self._pid = self._connection.scalar(sa.text("SELECT pg_backend_pid()"))
-        self._connection.commit()
-        self._work = work
-        self._commit_wanted = threading.Event()
-        self._ran = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self.result: Any = None
-
-    def _run(self) -> None:
-        try:
-            self.result = self._work(self._connection)
-        except Exception as error:
-            self.result = error
-        self._ran.set()
-        self._commit_wanted.wait()
-        if isinstance(self.result, Exception):
-            self._connection.rollback()
-        else:
-            self._connection.commit()
-
-    def step(self, step: str) -> None:
-        """Start the statement, or have it committed: at once, or as soon as it no longer waits."""
-        if step == "run":
-            self._thread.start()
-            self._wait(lambda: self._ran.wait(LOOK_AGAIN_SECONDS))
-        else:
-            self._commit_wanted.set()
-            self._wait(self._is_over)
-
-    def _is_over(self) -> bool:
-        self._thread.join(LOOK_AGAIN_SECONDS)
-        return not self._thread.is_alive()
-
-    def _wait(self, done: Callable[[], bool]) -> None:
-        """Until `done`, or until PostgreSQL says that the statement waits for a lock."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not done():
-            if not self._ran.is_set() and self._is_blocked():
-                return
-            assert time.monotonic() < deadline, "neither done nor waiting for a lock"
-
-    def _is_blocked(self) -> bool:
-        found = self._watcher.scalar(
-            sa.text("SELECT wait_event_type = 'Lock' FROM pg_stat_activity WHERE pid = :pid"), {"pid": self._pid}
-        )
-        self._watcher.rollback()
-        return bool(found)
-
-    def end(self) -> None:
-        self._commit_wanted.set()
-        if self._thread.ident is not None:
-            self._thread.join(60)
-            assert not self._thread.is_alive()
-        self._connection.close()
 
 
 def sweeps(pg: PgQueue, actor: str) -> Work:
@@ -120,35 +42,6 @@ def claims(pg: PgQueue) -> Work:
     return lambda connection: store.claim(
         connection, pg.tables, queue="default", worker="worker-2", token=uuid.uuid4(), limit=100, lease=60
     )
-
-
-def orders(operations: int) -> Iterator[tuple[tuple[int, str], ...]]:
-    """Every order of the steps of so many operations in which each runs before it commits."""
-    steps = [(number, step) for number in range(operations) for step in STEPS]
-    for order in itertools.permutations(steps):
-        if all(order.index((number, "run")) < order.index((number, "commit")) for number in range(operations)):
-            yield order
-
-
-def play(pg: PgQueue, works: list[Work], order: tuple[tuple[int, str], ...]) -> list[Any]:
-    """Take the operations through their steps in this order; their results. A deadlock would be one of them."""
-    with pg.engine.connect() as watcher:
-        operations = [Operation(pg.engine, watcher, f"operation {n}", work) for n, work in enumerate(works)]
-        try:
-            for number, step in order:
-                operations[number].step(step)
-        finally:
-            for operation in operations:
-                operation.end()
-    return [operation.result for operation in operations]
-
-
-def unexpected(results: list[Any]) -> list[Exception]:
-    return [
-        result
-        for result in results
-        if isinstance(result, Exception) and not isinstance(result, IllegalTransition | ClaimLost)
-    ]
 
 
 @pytest.mark.parametrize("how", [completed, retried, died])
