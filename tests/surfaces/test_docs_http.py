@@ -8,7 +8,7 @@ from pathlib import Path
 from documents import PROJECT, Reader, blocks, table_below
 from forks import Forks
 
-from pgqueue.http import PRIORITIES, THREADS, WAITING_MAX
+from pgqueue.http import THREADS, WAITING_MAX
 from pgqueue.openapi import (
     BODY_BYTES_MAX,
     DEPTH_MAX,
@@ -17,6 +17,7 @@ from pgqueue.openapi import (
     LEASE_SECONDS_MAX,
     OPERATIONS,
     PAGE_MAX,
+    PRIORITIES,
     TaskBody,
 )
 from pgqueue.tokens import Scope
