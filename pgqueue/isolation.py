@@ -60,7 +60,17 @@ READ_BYTES = 1024 * 1024
 #: What a child says before the outcome of a job: that its function is about to run, and how far it is.
 STARTED, PROGRESS = "Started", "Progress"
 
-_CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from pgqueue.isolated import main; main()"
+#: A service manager may signal all processes of a service at once. How a task ends then is for its worker to decide.
+#: (Handlers, because what is ignored would be ignored by the task's own processes, too.)
+_CODE = """
+import signal
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: None)
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from pgqueue.isolated import main
+main()
+"""
 
 _jobs = pydantic.TypeAdapter(ClaimedJob)
 _outcomes: dict[str, pydantic.TypeAdapter[Any]] = {

@@ -452,6 +452,26 @@ def test_processes_leave_nothing_behind(on_sqlite: PgQueue) -> None:
     assert left() == (files, threads, children)
 
 
+def test_a_signal_to_every_process_of_a_service_lets_an_isolated_task_end(
+    on_sqlite: PgQueue, sqlite_url: str, tmp_path: Path
+) -> None:
+    pids, go = tmp_path / "pids", tmp_path / "go"
+    job_id = enqueue(patient, pid_file=str(pids), go=str(go))
+    program = worker_program(tmp_path, sqlite_url, "run_worker(Worker(isolated_tasks.pgq))")
+
+    with python(program) as worker:
+        (pid,) = wait_for(lambda: pids_in(pids), "the task to run")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(pid, number)
+        worker.signal(signal.SIGTERM)
+        wait_for(lambda: "stopping" in worker.output(), "the worker to stop")
+        go.touch()
+        assert worker.wait() == 0
+
+    job = on_sqlite.get_job(job_id)
+    assert (job.status, job.result, job.attempt) == ("completed", "done", 1)
+
+
 def test_ctrl_c_at_a_terminal_lets_an_isolated_task_end(on_sqlite: PgQueue, sqlite_url: str, tmp_path: Path) -> None:
     pids, go = tmp_path / "pids", tmp_path / "go"
     job_id = enqueue(patient, pid_file=str(pids), go=str(go))
