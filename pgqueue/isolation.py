@@ -355,6 +355,10 @@ class _Child:
         """Kill it, and clean up; its exit code."""
         self.is_over = True
         self.kill()
+        if hasattr(os, "waitid") and not self._is_reaped:
+            # Without the lock, which `kill` needs, and without reaping it: what is stuck in the kernel dies later.
+            with suppress(ChildProcessError):
+                os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
         with self._lock:
             code = self._process.wait()
             self._is_reaped = True

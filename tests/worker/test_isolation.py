@@ -71,10 +71,11 @@ def worker_program(folder: Path, url: str, run: str) -> Path:
     program.write_text(
         textwrap.dedent(f"""
         import logging
+        import signal
         import sys
         sys.path[:] = {sys.path!r}
         import isolated_tasks
-        from pgqueue import Worker
+        from pgqueue import Worker, WorkerConfig
         from pgqueue.supervisor import run_worker
         if __name__ == "__main__":
             logging.basicConfig(level=logging.INFO)
@@ -100,31 +101,28 @@ def test_a_task_runs_in_another_process_which_is_used_again(pgq: PgQueue) -> Non
     assert [pgq.get_job(job_id).result for job_id in ids_async] == [0, 1]
 
 
-@pytest.mark.parametrize(
-    ("how", "kind", "message"),
-    [
-        ("exit", "pgqueue.errors.ProcessDied", "the process of the task exited with code 3 before the task returned"),
-        ("segfault", "pgqueue.errors.ProcessDied", "the process of the task was ended by SIGSEGV"),
-        ("kill", "pgqueue.errors.ProcessDied", "was ended by SIGKILL (the system does that when memory runs out)"),
-        ("sys.exit", "SystemExit", "4"),
-        ("discard", "pgqueue.errors.Discard", "no use"),
-        ("raises", "ValueError", "raises"),
-    ],
-)
-def test_a_crash_fails_its_own_job_alone(pgq: PgQueue, how: str, kind: str, message: str) -> None:
-    good = [enqueue(look), *enqueue_many(plain, 2)]
-    bad = enqueue(crash, how=how)
-    good += [enqueue(look), *enqueue_many(plain, 2)]
+def test_a_crash_fails_its_own_job_alone(on_sqlite: PgQueue) -> None:
+    ways = {
+        "exit": ("pgqueue.errors.ProcessDied", "the process of the task exited with code 3 before the task returned"),
+        "segfault": ("pgqueue.errors.ProcessDied", "the process of the task was ended by SIGSEGV"),
+        "kill": ("pgqueue.errors.ProcessDied", "was ended by SIGKILL (the system does that when memory runs out)"),
+        "sys.exit": ("SystemExit", "4"),
+        "discard": ("pgqueue.errors.Discard", "no use"),
+        "raises": ("ValueError", "raises"),
+    }
+    good, bad = [enqueue(look), *enqueue_many(plain, 2)], {}
+    for how in ways:
+        bad[how] = enqueue(crash, how=how)
+        good += [enqueue(look), enqueue(plain)]
 
-    report = drain(pgq, queues={"default": 2})
+    report = drain(on_sqlite, queues={"default": 2})
 
-    job = pgq.get_job(bad)
-    assert job.status == "dead"
-    assert job.error is not None
-    assert job.error["type"] == kind
-    assert message in job.error["message"]
-    assert {pgq.get_job(job_id).status for job_id in good} == {"completed"}
-    assert (report.completed, report.dead, report.lost) == (6, 1, 0)
+    for how, (kind, message) in ways.items():
+        job = on_sqlite.get_job(bad[how])
+        assert (job.status, job.error and job.error["type"]) == ("dead", kind)
+        assert message in job.error["message"]  # type: ignore[index]
+    assert {on_sqlite.get_job(job_id).status for job_id in good} == {"completed"}
+    assert (report.completed, report.dead, report.lost) == (15, 6, 0)
 
 
 def test_at_the_timeout_the_process_and_all_that_it_has_started_are_killed(pgq: PgQueue, tmp_path: Path) -> None:
@@ -431,6 +429,40 @@ def test_a_job_that_is_lost_while_its_process_starts_is_not_begun(
         wait_for(lambda: worker._slots["default"].running == 0, "its slot to be free")
 
     assert not (tmp_path / "pids").exists()
+
+
+def test_a_process_that_does_not_die_holds_up_nobody_who_wants_to_stop_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is stuck in the kernel outlives SIGKILL for a while; the worker's heartbeat must not wait for it."""
+    child = isolation._Child()
+    with monkeypatch.context() as stuck:
+        stuck.setattr(os, "killpg", lambda *_: None)
+        ending = threading.Thread(target=child.end)
+        ending.start()
+        wait_for(lambda: child.is_over, "somebody to wait for its end")
+
+        stopping = threading.Thread(target=child.kill)
+        stopping.start()
+        stopping.join(10)
+        was_held_up = stopping.is_alive()
+    os.killpg(child._process.pid, signal.SIGKILL)
+    ending.join(60)
+
+    assert not was_held_up
+    assert child._process.returncode == -signal.SIGKILL
+
+
+def test_a_worker_whose_application_ignores_its_children_sees_their_end_all_the_same(
+    on_sqlite: PgQueue, sqlite_url: str, tmp_path: Path
+) -> None:
+    bad, good = enqueue(crash, how="exit"), enqueue(look)
+    run = "signal.signal(signal.SIGCHLD, signal.SIG_IGN); Worker(isolated_tasks.pgq, WorkerConfig(drain=True)).run()"
+    program = worker_program(tmp_path, sqlite_url, run)
+
+    with python(program) as worker:
+        assert worker.wait() == 0
+
+    assert on_sqlite.get_job(bad).error["type"] == "pgqueue.errors.ProcessDied"  # type: ignore[index]
+    assert on_sqlite.get_job(good).status == "completed"
 
 
 def test_processes_leave_nothing_behind(on_sqlite: PgQueue) -> None:
