@@ -376,16 +376,20 @@ def describe_url(url: sa.URL) -> str:
     return url.set(query={}).render_as_string(hide_password=True)
 
 
-@contextmanager
-def errors_explained(url: sa.URL) -> Iterator[None]:
+class errors_explained:
     """Turn a failure to reach the database, or to find pgqueue's tables there, into an error that says so."""
-    try:
-        yield
-    except exc.DBAPIError as error:
-        explained = explain(error, url)
-        if explained is None:
-            raise
-        raise explained from None
+
+    __slots__ = ("_url",)
+
+    def __init__(self, url: sa.URL) -> None:
+        self._url = url
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, exc.DBAPIError) and (explained := explain(error, self._url)) is not None:
+            raise explained from None
 
 
 def explain(error: exc.DBAPIError, url: sa.URL) -> PgqueueError | None:

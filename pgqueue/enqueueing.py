@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import fields, replace
 from datetime import datetime, timedelta
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -265,10 +266,13 @@ class Task(Generic[P, R]):
     def _new_job(self, args: tuple[Any, ...], payload: dict[str, Any]) -> NewJob:
         bound = self.definition.bind(args, payload)
         payload_json = self.definition.encode(bound)
-        job = replace(self._template(), payload_json=payload_json)
+        job = copy(self._template)
+        job.payload_json = payload_json
         if self.definition.unique is not None and job.unique_key is None:
-            job = replace(job, unique_key=self.definition.unique_key(bound, payload_json))
-        return replace(job, **self._keys(payload_json)._asdict()) if self._has_keys else job
+            job.unique_key = self.definition.unique_key(bound, payload_json)
+        if self._has_keys:
+            job.concurrency_key, job.ordering_key, job.rate_key = self._keys(payload_json)
+        return job
 
     @property
     def _has_keys(self) -> bool:
@@ -288,13 +292,13 @@ class Task(Generic[P, R]):
             raise ConfigurationError("enqueue_many() stores many jobs, and a unique_key allows one; leave it away")
         given = checked_payloads(payloads)
         if self.definition.unique is None and not self._has_keys and (joined := self._joined(given)) is not None:
-            return self._template(), joined, None
+            return self._template, joined, None
         encoded = [self.definition.encode(payload) for payload in given]
         unique_keys = None
         if self.definition.unique is not None:
             made = (self.definition.unique_key(payload, text) for payload, text in zip(given, encoded, strict=True))
             unique_keys = [key for key in made if key is not None]
-        return self._template(), encoded, unique_keys
+        return self._template, encoded, unique_keys
 
     def _joined(self, payloads: list[Mapping[str, Any]]) -> JoinedPayloads | None:
         """The payloads in JSON arrays; None when they have to be encoded one by one."""
@@ -324,7 +328,9 @@ class Task(Generic[P, R]):
             return self.options.on_conflict
         return OnConflict(self.definition.unique.on_conflict) if self.definition.unique else OnConflict.SKIP
 
+    @functools.cached_property
     def _template(self) -> NewJob:
+        """What all its new jobs have in common."""
         options, definition = self.options, self.definition
         expires_seconds, expires_at = self._expiry()
         return NewJob(

@@ -51,7 +51,7 @@ def new_schedule(
                 f"schedule {name!r} of task {definition.name!r}: using({option.name}=…) cannot be kept for later jobs, "
                 f"only {', '.join(CARRIED_OPTIONS)} can{hint}"
             )
-    template = task._template()
+    template = task._template
     return NewSchedule(
         name=name,
         rule=CronRule(cron, tz),

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import pydantic_core
 import sqlalchemy as sa
@@ -130,20 +130,13 @@ def insert_job(
 
 def _try_to_insert(connection: sa.Connection, tables: Tables, job: NewJob) -> int | None:
     """The id of the new job; None when its unique key is taken."""
-    shape = (
-        tables,
-        job.delay_seconds is not None,
-        job.run_at is not None,
-        job.unique_key is not None,
-        _has_keys(job),
-        _expiry(job),
-    )
-    parameters = _job_parameters(job)
+    parameters = _parameters(job)
+    names = tuple(parameters)
     if connection.dialect.driver == "psycopg":
         # The one statement of the package that runs once a job: as text it takes half the client's time.
-        inserted = connection.exec_driver_sql(_insert_job_text(*shape), parameters)
+        inserted = connection.exec_driver_sql(_insert_job_text(tables, names), parameters)
     else:
-        inserted = connection.execute(_insert_job(*shape), parameters)
+        inserted = connection.execute(_insert_job(tables, names), parameters)
     return inserted.scalar_one_or_none()
 
 
@@ -158,14 +151,8 @@ def insert_jobs(
 
     keys: for each of them its concurrency_key, ordering_key and rate_key, when they have any.
     """
-    insert = _insert_jobs(
-        tables,
-        template.delay_seconds is not None,
-        template.run_at is not None,
-        keys is not None,
-        _expiry(template),
-    )
-    parameters = _job_parameters(template)
+    parameters = _parameters(template)
+    insert = _insert_jobs(tables, tuple(parameters), keys is not None)
     del parameters["payload"]
     ids: list[int] = []
     if isinstance(payloads_json, JoinedPayloads):
@@ -190,25 +177,16 @@ def insert_keyed_jobs(
 
     early: by how many seconds each is due earlier.
     """
-    template = wanted[0]
-    by_period = template.period_seconds is not None
-    insert = _insert_keyed_jobs(
-        tables,
-        template.delay_seconds is not None,
-        template.run_at is not None,
-        by_period,
-        _expiry(template),
-        early is not None,
-    )
+    parameters = _parameters(wanted[0])
+    names = tuple(name for name in parameters if name not in ("unique_key", *LIMIT_KEYS))
+    insert = _insert_keyed_jobs(tables, names, wanted[0].period_seconds is not None, early is not None)
     rows = [
         {"n": n, "payload": job.payload_json, "unique_key": job.unique_key, "early": early[n] if early else None}
         | {name: getattr(job, name) for name in LIMIT_KEYS}
         for n, job in enumerate(wanted)
     ]
-    parameters = _job_parameters(template)
-    for name in ("payload", "unique_key", *LIMIT_KEYS):
-        parameters.pop(name, None)
-    inserted = connection.execute(insert, {**parameters, "rows": json.dumps(rows)})
+    common = {name: parameters[name] for name in names if name != "payload"}
+    inserted = connection.execute(insert, {**common, "rows": json.dumps(rows)})
     return {row.unique_key: row.id for row in inserted}
 
 
@@ -235,15 +213,17 @@ def _chunks(payloads_json: Sequence[str]) -> Iterable[list[str]]:
         yield chunk
 
 
-def _job_parameters(job: NewJob) -> dict[str, Any]:
-    parameters: dict[str, Any] = {
-        "task": job.task,
-        "payload": job.payload_json,
-        "queue": job.queue,
-        "priority": job.priority,
-        "max_retries": job.max_retries,
-        "metadata": job.metadata_json,
-    }
+def _parameters(job: NewJob) -> dict[str, Any]:
+    """Those of its INSERT: what differs from the defaults of the columns. Their names say what the statement is."""
+    parameters: dict[str, Any] = {"task": job.task, "payload": job.payload_json}
+    if job.queue != DEFAULTS.queue:
+        parameters["queue"] = job.queue
+    if job.priority != DEFAULTS.priority:
+        parameters["priority"] = job.priority
+    if job.max_retries != DEFAULTS.max_retries:
+        parameters["max_retries"] = job.max_retries
+    if job.metadata_json != DEFAULTS.metadata_json:
+        parameters["metadata"] = job.metadata_json
     if job.delay_seconds is not None:
         parameters["delay"] = job.delay_seconds
     if job.run_at is not None:
@@ -254,90 +234,64 @@ def _job_parameters(job: NewJob) -> dict[str, Any]:
         parameters["expires_seconds"] = job.expires_seconds
     if job.expires_at is not None:
         parameters["expires_at"] = job.expires_at
-    if _has_keys(job):
-        parameters |= {name: getattr(job, name) for name in LIMIT_KEYS}
+    if job.concurrency_key is not None:
+        parameters["concurrency_key"] = job.concurrency_key
+    if job.ordering_key is not None:
+        parameters["ordering_key"] = job.ordering_key
+    if job.rate_key is not None:
+        parameters["rate_key"] = job.rate_key
     return parameters
 
 
-def _has_keys(job: NewJob) -> bool:
-    return job.concurrency_key is not None or job.ordering_key is not None or job.rate_key is not None
+#: A job that sets nothing has what the defaults of the columns give it.
+DEFAULTS = NewJob("", "{}")
+
+_TYPES: dict[str, sa.types.TypeEngine[Any]] = {
+    "priority": sa.SmallInteger(),
+    "max_retries": sa.SmallInteger(),
+    "run_at": dialect.UTCDateTime(),
+    "expires_at": dialect.UTCDateTime(),
+}
 
 
-def _run_at(has_delay: bool, has_run_at: bool) -> Any:
-    if has_delay:
-        return seconds_from_now(sa.bindparam("delay", type_=sa.Float()))
-    if has_run_at:
-        return sa.bindparam("run_at", type_=dialect.UTCDateTime())
-    return now()
-
-
-#: How the expiry of a job is given, if at all.
-_Expiry = Literal["", "expires_seconds", "expires_at"]
-
-
-def _expiry(job: NewJob) -> _Expiry:
-    if job.expires_seconds is not None:
-        return "expires_seconds"
-    return "expires_at" if job.expires_at is not None else ""
-
-
-def _expires_at(expiry: _Expiry) -> dict[str, Any]:
-    """The values of an INSERT that concern the expiry."""
-    if expiry == "expires_seconds":
-        return {"expires_at": seconds_from_now(sa.bindparam("expires_seconds", type_=sa.Float()))}
-    return {"expires_at": sa.bindparam("expires_at", type_=dialect.UTCDateTime())} if expiry else {}
+def _values(names: Iterable[str]) -> dict[str, Any]:
+    """The columns that these parameters set, and to what."""
+    values: dict[str, Any] = {}
+    for name in names:
+        if name == "delay":
+            values["run_at"] = seconds_from_now(sa.bindparam(name, type_=sa.Float()))
+        elif name == "expires_seconds":
+            values["expires_at"] = seconds_from_now(sa.bindparam(name, type_=sa.Float()))
+        elif name in ("payload", "metadata"):
+            values[name] = json_of(sa.bindparam(name, type_=sa.Text()))
+        else:
+            values[name] = sa.bindparam(name, type_=_TYPES.get(name, sa.Text()))
+    return values
 
 
 @cache
-def _insert_job(
-    tables: Tables, has_delay: bool, has_run_at: bool, has_unique_key: bool, has_keys: bool, expiry: _Expiry
-) -> Any:
+def _insert_job(tables: Tables, names: tuple[str, ...]) -> Any:
     jobs = tables.jobs
-    values = {
-        "task": sa.bindparam("task", type_=sa.Text()),
-        "payload": json_of(sa.bindparam("payload", type_=sa.Text())),
-        "queue": sa.bindparam("queue", type_=sa.Text()),
-        "priority": sa.bindparam("priority", type_=sa.SmallInteger()),
-        "max_retries": sa.bindparam("max_retries", type_=sa.SmallInteger()),
-        "metadata": json_of(sa.bindparam("metadata", type_=sa.Text())),
-        "run_at": _run_at(has_delay, has_run_at),
-        **_expires_at(expiry),
-    }
     statement = dialect.insert(tables.dialect_name, jobs)
-    if has_keys:
-        values |= {name: sa.bindparam(name, type_=sa.Text()) for name in LIMIT_KEYS}
-    if has_unique_key:
-        values["unique_key"] = sa.bindparam("unique_key", type_=sa.Text())
+    if "unique_key" in names:
         statement = statement.on_conflict_do_nothing(
             index_elements=[jobs.c.task, jobs.c.unique_key], index_where=sa.text(OPEN_WITH_KEY)
         )
-    return statement.values(values).returning(jobs.c.id)
+    return statement.values(_values(names)).returning(jobs.c.id)
 
 
 @cache
-def _insert_job_text(
-    tables: Tables, has_delay: bool, has_run_at: bool, has_unique_key: bool, has_keys: bool, expiry: _Expiry
-) -> str:
+def _insert_job_text(tables: Tables, names: tuple[str, ...]) -> str:
     """The same INSERT as psycopg takes it."""
     dialect_of_psycopg: sa.Dialect = psycopg.dialect()  # type: ignore[no-untyped-call]
-    insert = _insert_job(tables, has_delay, has_run_at, has_unique_key, has_keys, expiry)
-    return str(insert.compile(dialect=dialect_of_psycopg))
+    return str(_insert_job(tables, names).compile(dialect=dialect_of_psycopg))
 
 
 @cache
-def _insert_jobs(tables: Tables, has_delay: bool, has_run_at: bool, has_keys: bool, expiry: _Expiry) -> sa.Insert:
+def _insert_jobs(tables: Tables, names: tuple[str, ...], has_keys: bool) -> sa.Insert:
     jobs = tables.jobs
     payloads, payload, position = dialect.documents(tables.dialect_name, "payloads")
-    columns = {
-        "task": sa.bindparam("task", type_=sa.Text()),
-        "payload": payload,
-        "queue": sa.bindparam("queue", type_=sa.Text()),
-        "priority": sa.bindparam("priority", type_=sa.SmallInteger()),
-        "max_retries": sa.bindparam("max_retries", type_=sa.SmallInteger()),
-        "metadata": json_of(sa.bindparam("metadata", type_=sa.Text())),
-        "run_at": _run_at(has_delay, has_run_at),
-        **_expires_at(expiry),
-    }
+    columns = _values(names) | {"payload": payload}
     source = payloads
     if has_keys:
         texts = [sa.column(name, sa.Text) for name in LIMIT_KEYS]
@@ -349,30 +303,21 @@ def _insert_jobs(tables: Tables, has_delay: bool, has_run_at: bool, has_keys: bo
 
 
 @cache
-def _insert_keyed_jobs(
-    tables: Tables, has_delay: bool, has_run_at: bool, by_period: bool, expiry: _Expiry, is_early: bool
-) -> Any:
+def _insert_keyed_jobs(tables: Tables, names: tuple[str, ...], by_period: bool, is_early: bool) -> Any:
     jobs, periods = tables.jobs, tables.unique_periods
     texts = [sa.column(name, sa.Text) for name in ("payload", "unique_key", *LIMIT_KEYS)]
     numbers = (sa.column("n", sa.Integer), *([sa.column("early", sa.Double)] if is_early else []))
     rows = dialect.rows(tables.dialect_name, "rows", *numbers, *texts)
-    run_at = _run_at(has_delay, has_run_at)
-    task = sa.bindparam("task", type_=sa.Text())
-    columns = {
-        "task": task,
+    columns = _values(names) | {
         "payload": json_of(rows.c.payload),
-        "queue": sa.bindparam("queue", type_=sa.Text()),
-        "priority": sa.bindparam("priority", type_=sa.SmallInteger()),
-        "max_retries": sa.bindparam("max_retries", type_=sa.SmallInteger()),
-        "metadata": json_of(sa.bindparam("metadata", type_=sa.Text())),
-        "run_at": dialect.seconds_before(run_at, rows.c.early) if is_early else run_at,
-        **_expires_at(expiry),
         **{name: rows.c[name] for name in ("unique_key", *LIMIT_KEYS)},
     }
+    if is_early:
+        columns["run_at"] = dialect.seconds_before(columns.get("run_at", now()), rows.c.early)
     select = sa.select(*(value.label(name) for name, value in columns.items())).where(rows.c.n >= 0)
     if by_period:
         period = sa.select(periods.c.until).where(
-            periods.c.task == task,
+            periods.c.task == columns["task"],
             periods.c.unique_key == rows.c.unique_key,
             periods.c.until > now(),
             sa.not_(is_released(tables)),
@@ -405,6 +350,8 @@ def replace_pending(connection: sa.Connection, tables: Tables, job: NewJob, acto
     jobs = tables.jobs
     is_free = nobody_waits_for(jobs)
     moved = {"queue": job.queue, **{name: getattr(job, name) for name in LIMIT_KEYS}}
+    parameters = _parameters(job)
+    moments = [name for name in parameters if name in ("delay", "run_at", "expires_seconds", "expires_at")]
     replaced = connection.execute(
         sa.update(jobs)
         .where(jobs.c.task == job.task, jobs.c.unique_key == job.unique_key, jobs.c.status == PENDING)
@@ -413,7 +360,6 @@ def replace_pending(connection: sa.Connection, tables: Tables, job: NewJob, acto
             metadata=json_of(sa.literal(job.metadata_json, sa.Text())),
             priority=job.priority,
             max_retries=job.max_retries,
-            run_at=_run_at(job.delay_seconds is not None, job.run_at is not None),
             waits_for=sa.null(),
             retries=0,
             error=sa.null(),
@@ -422,15 +368,10 @@ def replace_pending(connection: sa.Connection, tables: Tables, job: NewJob, acto
                 name: sa.case((is_free, sa.literal(value, sa.Text())), else_=jobs.c[name])
                 for name, value in moved.items()
             },
-            **{"expires_at": sa.null(), **_expires_at(_expiry(job))},
+            **{"run_at": now(), "expires_at": sa.null(), **_values(moments)},
         )
         .returning(jobs.c.id),
-        {
-            "delay": job.delay_seconds,
-            "run_at": job.run_at,
-            "expires_seconds": job.expires_seconds,
-            "expires_at": job.expires_at,
-        },
+        {name: parameters[name] for name in moments},
     ).scalar_one_or_none()
     if replaced is not None:
         record(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,9 +28,10 @@ from jobs import (
     statuses,
 )
 from sqlalchemy.orm import Session
-from support import wait_for
+from support import execute, wait_for
 
 from pgqueue import DuplicateJob, OnConflict, PgQueue, Retry, Task
+from pgqueue.job import NewJob
 
 # Time ------------------------------------------------------------------------------------------------------
 
@@ -475,3 +477,16 @@ def test_a_task_registered_by_a_plain_call_has_the_options_it_was_given(pgq: PgQ
 
 
 def print_nothing() -> None: ...
+
+
+def test_a_new_job_has_the_defaults_of_the_columns(pgq: PgQueue) -> None:
+    """An INSERT leaves out what is as the columns have it."""
+    by_python = NewJob("work", "{}")
+    named = "pgqueue.jobs" if pgq.engine.dialect.name == "postgresql" else "pgqueue_jobs"
+
+    execute(pgq.engine, f"INSERT INTO {named} (task) VALUES ('work')")
+
+    (job,) = pgq.list_jobs()
+    assert (job.queue, job.priority, job.max_retries) == (by_python.queue, by_python.priority, by_python.max_retries)
+    assert (job.payload, job.metadata) == (json.loads(by_python.payload_json), json.loads(by_python.metadata_json))
+    assert job.run_at == job.created_at

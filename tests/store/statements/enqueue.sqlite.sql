@@ -1,3 +1,3 @@
-INSERT INTO pgqueue_jobs (queue, task, payload, priority, run_at, max_retries, metadata)
-VALUES (?, ?, ?, ?, strftime('%Y-%m-%d %H:%M:%f', 'now'), ?, ?)
+INSERT INTO pgqueue_jobs (task, payload)
+VALUES (?, ?)
 RETURNING id;

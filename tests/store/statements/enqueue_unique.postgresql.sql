@@ -1,6 +1,5 @@
-INSERT INTO pgqueue.jobs (queue, task, payload, priority, run_at, max_retries, unique_key, metadata)
-VALUES (%(queue)s::VARCHAR, %(task)s::VARCHAR, CAST(%(payload)s::VARCHAR AS jsonb), %(priority)s::SMALLINT, now(),
-    %(max_retries)s::SMALLINT, %(unique_key)s::VARCHAR, CAST(%(metadata)s::VARCHAR AS jsonb))
+INSERT INTO pgqueue.jobs (task, payload, unique_key)
+VALUES (%(task)s::VARCHAR, CAST(%(payload)s::VARCHAR AS jsonb), %(unique_key)s::VARCHAR)
 ON CONFLICT (task, unique_key)
 WHERE unique_key IS NOT NULL
 AND status IN ('pending', 'running') DO NOTHING

@@ -1,5 +1,5 @@
-INSERT INTO pgqueue_jobs (queue, task, payload, priority, run_at, max_retries, unique_key, metadata)
-VALUES (?, ?, ?, ?, strftime('%Y-%m-%d %H:%M:%f', 'now'), ?, ?, ?)
+INSERT INTO pgqueue_jobs (task, payload, unique_key)
+VALUES (?, ?, ?)
 ON CONFLICT (task, unique_key)
 WHERE unique_key IS NOT NULL
 AND status IN ('pending', 'running') DO NOTHING
