@@ -69,7 +69,8 @@ def check(settings: Settings) -> None:
                 f"the tables of schema {pgq.schema!r} differ from what this program needs: "
                 + "; ".join(str(difference) for difference in differences)
             )
-        settings.printer().record(_revisions(pgq))
+        # Also those of an application's own history, which have no revision here.
+        settings.printer().record({**_revisions(pgq), "up_to_date": True})
 
 
 def _revisions(pgq: PgQueue) -> dict[str, Any]:

@@ -245,6 +245,15 @@ def test_db_upgrade_creates_a_sqlite_file(folder: Path) -> None:
     assert jobs_in(folder / "new.db") == 0
 
 
+def test_db_check_approves_of_tables_in_the_history_of_an_application(url: str, pgq: PgQueue) -> None:
+    with pgq.begin() as connection:
+        connection.exec_driver_sql(f"DROP TABLE {pgq.tables.jobs.fullname.removesuffix('jobs')}alembic_version")
+
+    found = Command(url).json("db", "check")
+
+    assert (found["current"], found["up_to_date"]) == (None, True)
+
+
 def test_db_check_names_what_differs(url: str, pgq: PgQueue) -> None:
     with pgq.begin() as connection:
         connection.exec_driver_sql(f"DROP TABLE {pgq.tables.unique_periods.fullname}")
