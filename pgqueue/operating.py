@@ -137,6 +137,7 @@ class Operator(Registry):
         """Delete jobs that became final longer ago than `older_than`, in short transactions; how many.
 
         Dead jobs are kept unless `statuses` names them. `pruned` is told of each batch.
+        What was recorded of jobs that are gone, such as who deleted them, is deleted when it is as old.
         """
         return self._take(self._prune(older_than, statuses, pruned))
 
@@ -173,6 +174,12 @@ class Operator(Registry):
             count, after_id = yield from change(prune)
             total += count
             pruned(count)
+        after_id = 0
+        while after_id is not None:
+            prune_events = functools.partial(
+                operations.prune_events, tables=self.tables, older_than=seconds, after_id=after_id
+            )
+            _, after_id = yield from change(prune_events)
         return total
 
     def _stored(self, connection: sa.Connection, job_ids: Sequence[int], *told: EventName) -> list[Job]:

@@ -553,3 +553,30 @@ def prune(
     if len(ids) == limit:
         return len(ids), ids[-1]
     return len(ids), last_id if count == PRUNE_WINDOW_JOBS else None
+
+
+def prune_events(
+    connection: sa.Connection, tables: Tables, *, older_than: float, after_id: int = 0
+) -> tuple[int, int | None]:
+    """Delete events that are older than so many seconds and whose jobs are gone; as `prune`, some thousand at a time.
+
+    What happened to queues stays.
+    """
+    jobs, events = tables.jobs, tables.job_events
+    is_old = events.c.at < seconds_from_now(sa.literal(-older_than, sa.Float()))
+    passed = (
+        sa.select(events.c.id, is_old.label("is_old"))
+        .where(events.c.id > after_id)
+        .order_by(events.c.id)
+        .limit(PRUNE_WINDOW_JOBS)
+        .subquery("passed")
+    )
+    old = sa.func.count(sa.case((passed.c.is_old, 1)))
+    last_id, count, count_old = connection.execute(sa.select(sa.func.max(passed.c.id), sa.func.count(), old)).one()
+    if not count_old:
+        return 0, None
+    # By primary key, for each event: of a NOT EXISTS the planner may make a join with all jobs.
+    job = sa.select(jobs.c.id).where(jobs.c.id == events.c.job_id).correlate(events).scalar_subquery()
+    window = sa.and_(events.c.id > after_id, events.c.id <= last_id)
+    orphans = sa.delete(events).where(window, is_old, events.c.job_id.is_not(None), job.is_(None))
+    return connection.execute(orphans).rowcount, last_id if count == PRUNE_WINDOW_JOBS else None

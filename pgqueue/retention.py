@@ -69,14 +69,13 @@ def _delete(connection: sa.Connection, tables: Tables, transitions: Sequence[Tra
     by_claim: dict[uuid.UUID, list[int]] = {}
     for transition in transitions:
         by_claim.setdefault(transition.claim_token, []).append(transition.job_id)
-    with_events = {transition.job_id for transition in transitions if transition.attempt > 1}
+    with_events: set[int] = set()
     gone: set[store.Claim] = set()
     for token, ids in by_claim.items():
-        for job_id, has_past in connection.execute(_delete_alike(tables), {"ids": sorted(ids), "token": token}):
+        for job_id, has_events in connection.execute(_delete_alike(tables), {"ids": sorted(ids), "token": token}):
             gone.add((job_id, token))
-            if has_past:  # it may have replaced an earlier one, or was asked to stop
+            if has_events:
                 with_events.add(job_id)
-    with_events &= {job_id for job_id, _ in gone}
     if with_events:
         connection.execute(_delete_events(tables), {"ids": sorted(with_events)})
     return gone
@@ -84,7 +83,9 @@ def _delete(connection: sa.Connection, tables: Tables, transitions: Sequence[Tra
 
 @cache
 def _delete_alike(tables: Tables) -> Any:
-    jobs = tables.jobs
+    jobs, events = tables.jobs, tables.job_events
+    # By the index, for each job: of an EXISTS the planner may make a join with all events.
+    an_event = sa.select(events.c.id).where(events.c.job_id == jobs.c.id).limit(1).correlate(jobs).scalar_subquery()
     return (
         sa.delete(jobs)
         .where(
@@ -92,7 +93,7 @@ def _delete_alike(tables: Tables) -> Any:
             jobs.c.claim_token == sa.bindparam("token", type_=sa.Uuid()),
             store.nobody_waits_for(jobs),
         )
-        .returning(jobs.c.id, sa.or_(jobs.c.unique_key.is_not(None), jobs.c.cancel_requested_at.is_not(None)))
+        .returning(jobs.c.id, sa.func.coalesce(an_event, 0) > 0)
     )
 
 

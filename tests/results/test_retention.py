@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from support import scalar, wait_for
 from working import drain, enqueue, enqueue_many, table, working
 
-from pgqueue import ConfigurationError, Discard, JobNotFound, PgQueue, Retry, retention
+from pgqueue import ConfigurationError, Discard, JobNotFound, PgQueue, Retry, operations, retention
 from pgqueue.job import ClaimedJob, Transition
 
 
@@ -133,6 +133,42 @@ def test_a_job_that_replaced_another_takes_its_events_with_it(pgq: PgQueue) -> N
     drain(pgq)
 
     assert count_events(pgq) == 0
+
+
+def test_a_job_that_was_edited_or_replayed_takes_its_events_with_it(pgq: PgQueue) -> None:
+    @pgq.task(keep_completed=0)
+    def work(n: int) -> None: ...
+
+    edited, replayed = enqueue(work, n=1), enqueue(work, n=1)
+    pgq.edit(edited, priority=3)
+    pgq.cancel(replayed)
+    pgq.replay(replayed)
+    assert count_events(pgq) == 3
+
+    drain(pgq)
+
+    assert statuses(pgq) == {}
+    assert count_events(pgq) == 0
+
+
+def test_a_prune_deletes_what_was_recorded_of_jobs_that_are_gone_when_it_is_as_old(
+    pgq: PgQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operations, "PRUNE_WINDOW_JOBS", 3)
+    deleted = add(pgq, 7)
+    for job_id in deleted:
+        pgq.delete(job_id)
+    kept = add_one(pgq)
+    pgq.edit(kept, priority=3)
+    pgq.pause("default")
+    assert count_events(pgq) == 9
+
+    pgq.prune(older_than=3600)
+    assert count_events(pgq) == 9
+    assert pgq.prune(older_than=0) == 0
+
+    assert events(pgq, kept) == ["edit"]
+    assert count_events(pgq) == 2
 
 
 def test_a_transactional_task_may_keep_nothing_too(pgq: PgQueue) -> None:
