@@ -74,8 +74,8 @@ def prune(
 ) -> None:
     """Delete jobs that ended long ago, and print how many.
 
-    Works in short transactions and can be run at any time. Dead jobs are kept unless named. What was recorded of jobs that
-    are gone goes, too, when it is as old.
+    Works in short transactions and can be run at any time. Dead jobs are kept unless named. What was recorded of jobs
+    that are gone goes, too, when it is as old.
 
     Example:
       pgqueue prune --older-than 30d --status completed --status dead

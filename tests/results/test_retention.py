@@ -139,6 +139,7 @@ def test_a_job_that_was_edited_or_replayed_takes_its_events_with_it(pgq: PgQueue
     @pgq.task(keep_completed=0)
     def work(n: int) -> None: ...
 
+    enqueue_many(work, 3, n=1)
     edited, replayed = enqueue(work, n=1), enqueue(work, n=1)
     pgq.edit(edited, priority=3)
     pgq.cancel(replayed)
