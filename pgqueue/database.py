@@ -106,6 +106,7 @@ class Database:
 
     @property
     def async_engine(self) -> AsyncEngine:
+        """Likewise for asynchronous calls."""
         with self._lock:
             if self._async_engine is None:
                 self._async_engine, self._async_engine_is_own = make_async_engine(parse_url(self.url)), True

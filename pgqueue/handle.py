@@ -6,19 +6,19 @@ import asyncio
 import functools
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import sqlalchemy as sa
 
 from pgqueue import operations, results
+from pgqueue.database import Database
 from pgqueue.errors import ConfigurationError, JobCancelled, JobFailed, JobNotFound, PgqueueError, ResultTimeout
 from pgqueue.job import Job, JobStatus
 from pgqueue.results import Standing
 from pgqueue.retry import as_seconds
-from pgqueue.schema import Tables
+from pgqueue.steps import Steps, look
 
 #: The first wait between two looks at a job, what each one grows by, and the longest.
 LOOK_SECONDS_MIN, LOOK_SECONDS_FACTOR, LOOK_SECONDS_MAX = 0.01, 1.5, 1.0
@@ -31,19 +31,6 @@ DROPPED_ID = 0
 
 #: The largest id that a job can have.
 ID_MAX = 2**63 - 1
-
-T = TypeVar("T")
-
-
-class Queue(Protocol):
-    """What a handle needs of its PgQueue."""
-
-    @property
-    def tables(self) -> Tables: ...
-
-    def reading(self) -> AbstractContextManager[sa.Connection]: ...
-
-    def read_async(self, work: Callable[[sa.Connection], T], /) -> Awaitable[T]: ...
 
 
 class JobHandle:
@@ -62,7 +49,7 @@ class JobHandle:
         id: int,
         inserted: bool = True,
         *,
-        queue: Queue | None = None,
+        queue: Database | None = None,
         transaction: sa.RootTransaction | None = None,
     ) -> None:
         self.id = id
@@ -84,16 +71,11 @@ class JobHandle:
 
     def job(self) -> Job:
         """The job as it stands. Raises JobNotFound."""
-        self._require_committed()
-        queue = self._of()
-        with queue.reading() as connection:
-            return operations.get_job(connection, queue.tables, self.id)
+        return self._of()._take(self._look())
 
     async def job_async(self) -> Job:
         """As `job`, without blocking the event loop."""
-        self._require_committed()
-        queue = self._of()
-        return await queue.read_async(lambda connection: operations.get_job(connection, queue.tables, self.id))
+        return await self._of()._take_async(self._look())
 
     def status(self) -> JobStatus:
         """Where the job stands. Raises JobNotFound."""
@@ -112,6 +94,11 @@ class JobHandle:
         """As `progress`, without blocking the event loop."""
         return (await self.job_async()).progress
 
+    def _look(self) -> Steps[Job]:
+        self._require_committed()
+        tables = self._of().tables
+        return look(lambda connection: operations.get_job(connection, tables, self.id))
+
     def _waiting(self, timeout: float | timedelta | None) -> Waiting:
         self._require_committed()
         # What was inserted in a transaction that is over is there, or will never be.
@@ -127,7 +114,7 @@ class JobHandle:
                 "`with` block) before you ask for the job"
             )
 
-    def _of(self) -> Queue:
+    def _of(self) -> Database:
         if self._queue is None:
             raise ConfigurationError(
                 f"this handle was pickled, which leaves only its id: use pgq.result({self.id}), or "
@@ -148,7 +135,7 @@ class JobHandle:
         return JobHandle, (self.id, self.inserted)
 
 
-def wait(queue: Queue, waiting: Waiting) -> list[Any]:
+def wait(queue: Database, waiting: Waiting) -> list[Any]:
     """The results of all jobs waited for."""
     while waiting.ids:
         with queue.reading() as connection:
@@ -159,10 +146,10 @@ def wait(queue: Queue, waiting: Waiting) -> list[Any]:
     return waiting.ended()
 
 
-async def wait_async(queue: Queue, waiting: Waiting) -> list[Any]:
+async def wait_async(queue: Database, waiting: Waiting) -> list[Any]:
     while waiting.ids:
-        look = functools.partial(results.look, tables=queue.tables, ids=waiting.ids)
-        pause = waiting.take(await queue.read_async(look))
+        find = functools.partial(results.look, tables=queue.tables, ids=waiting.ids)
+        pause = waiting.take(await queue.read_async(find))
         if pause:
             await asyncio.sleep(pause)
     return waiting.ended()
