@@ -412,7 +412,7 @@ def ends_if_frozen(dialect_name: str, milliseconds: sa.BindParameter[str]) -> sa
     """A condition that always holds; the server then ends the transaction when nothing is heard of it for so long."""
     if dialect_name == SQLITE:
         return sa.true()
-    setting = sa.func.set_config("idle_in_transaction_session_timeout", milliseconds, sa.true())
+    setting = sa.func.set_config(sa.literal_column("'idle_in_transaction_session_timeout'"), milliseconds, sa.true())
     return sa.select(setting).scalar_subquery().is_not(None)
 
 

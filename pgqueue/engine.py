@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy import event, exc
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from pgqueue.checkout import ask_only_when_in_doubt
 from pgqueue.dialect import POSTGRESQL, SQLITE, SQLITE_VERSION_MIN, checked_dialect
 from pgqueue.errors import ConfigurationError, DatabaseUnreachable, PgqueueError, SchemaMissing
 
@@ -84,9 +85,9 @@ def make_engine(url: str | sa.URL) -> sa.Engine:
         hide_parameters=True,
         isolation_level="READ COMMITTED",
         pool_size=0,  # no limit: each thread holds one connection at most
-        pool_pre_ping=True,
     )
     _read_moments(engine)
+    ask_only_when_in_doubt(engine)
     return engine
 
 
@@ -114,9 +115,9 @@ def make_async_engine(url: sa.URL, *, pool_size: int = 5) -> AsyncEngine:
         hide_parameters=True,
         isolation_level="READ COMMITTED",
         pool_size=pool_size,
-        pool_pre_ping=True,
     )
     _read_moments(engine.sync_engine)
+    ask_only_when_in_doubt(engine.sync_engine)
     return engine
 
 

@@ -785,15 +785,17 @@ def complete_in_transaction(
     As `finish`. From here to the commit the job's row is locked, so in the same round trip the server is told to end
     the transaction when nothing is heard of it for `frozen_after` seconds.
     """
-    written = connection.execute(
-        _complete_in_transaction(tables),
-        {
-            "job_id": transition.job_id,
-            "token": transition.claim_token,
-            "document": transition.result_json,
-            "milliseconds": idle_milliseconds(frozen_after),
-        },
-    )
+    parameters = {
+        "job_id": transition.job_id,
+        "token": transition.claim_token,
+        "document": transition.result_json,
+        "milliseconds": idle_milliseconds(frozen_after),
+    }
+    if connection.dialect.driver == "psycopg":
+        # As in `insert_job`: this, too, runs once a job.
+        written = connection.exec_driver_sql(_complete_in_transaction_text(tables), parameters)
+    else:
+        written = connection.execute(_complete_in_transaction(tables), parameters)
     return written.scalar_one_or_none() is not None
 
 
@@ -816,6 +818,13 @@ def _complete_in_transaction(tables: Tables) -> sa.Update:
         )
         .returning(jobs.c.id)
     )
+
+
+@cache
+def _complete_in_transaction_text(tables: Tables) -> str:
+    """The same UPDATE as psycopg takes it."""
+    dialect_of_psycopg: sa.Dialect = psycopg.dialect()  # type: ignore[no-untyped-call]
+    return str(_complete_in_transaction(tables).compile(dialect=dialect_of_psycopg))
 
 
 @cache

@@ -40,7 +40,10 @@ class Transactional:
         finisher: Finisher,
         execute: Callable[[TaskDefinition, ClaimedJob, Session], Outcome | None],
     ) -> None:
-        self._engine = assignment.engine
+        # With listeners of its own, on the same pool: to add some for each attempt takes a tenth of all its time.
+        self._engine = assignment.engine.execution_options()
+        self._guards: dict[sa.Connection, CommitGuard] = {}
+        event.listen(self._engine, "commit", self._connection_commits)
         self._tables = assignment.tables
         self._lease = assignment.config.lease
         self._holds = holds
@@ -58,8 +61,8 @@ class Transactional:
         outcome: Outcome | None = None
         ending = False
         try:
-            with connection, Session(connection, expire_on_commit=False) as session:
-                guard = CommitGuard(session, connection, definition)
+            with connection, _GuardedSession(connection, expire_on_commit=False) as session:
+                guard = session.guard = self._guards[connection] = CommitGuard(None, None, definition)
                 outcome = self._execute(definition, job, session)
                 if outcome is None:
                     connection.invalidate()  # the timeout may have struck anywhere in the driver
@@ -81,6 +84,8 @@ class Transactional:
             if ending:
                 self._holds.take_back_end(job)
             return _outcome_of_broken(outcome, error, definition.retry)
+        finally:
+            self._guards.pop(connection, None)
         self._finisher.settle([decide(job, outcome, definition.retry, random=0.0)], {job.id} if guard.open else set())
         return None
 
@@ -127,6 +132,11 @@ class Transactional:
         self._finisher.settle([decide(job, outcome, definition.retry, random=0.0)], {job.id} if guard.open else set())
         return None
 
+    def _connection_commits(self, connection: sa.Connection) -> None:
+        guard = self._guards.get(connection)
+        if guard is not None:
+            guard.refuse()
+
     def _complete_in(
         self, connection: sa.Connection, definition: TaskDefinition, job: ClaimedJob, outcome: Completed
     ) -> bool:
@@ -154,21 +164,36 @@ class CommitGuard:
     """Keeps a transactional task from committing its session or connection itself, which would part its rows from its
     completion."""
 
-    def __init__(self, session: Session, connection: sa.Connection | None, definition: TaskDefinition) -> None:
-        """connection: of this attempt alone; None: one that goes on afterwards."""
+    def __init__(self, session: Session | None, connection: sa.Connection | None, definition: TaskDefinition) -> None:
+        """session: None: one that calls `before_commit` by itself.
+        connection: of this attempt alone; None: one that goes on afterwards, or whose owner calls `refuse`.
+        """
         self.open = False
         self._name = definition.name
-        event.listen(session, "before_commit", self._before_commit)
+        if session is not None:
+            event.listen(session, "before_commit", self.before_commit)
         if connection is not None:
-            event.listen(connection, "commit", self._refuse)
+            event.listen(connection, "commit", self.refuse)
 
-    def _before_commit(self, session: Session) -> None:
+    def before_commit(self, session: Session) -> None:
         if not session.in_nested_transaction():
-            self._refuse()
+            self.refuse()
 
-    def _refuse(self, *_: object) -> None:
+    def refuse(self, *_: object) -> None:
         if not self.open:
             raise IllegalTransition(
                 f"the transactional task {self._name!r} committed its session; leave that to the worker, which commits "
                 "it together with the job's completion"
             )
+
+
+class _GuardedSession(Session):
+    """One whose class is listened to, once for all of them."""
+
+    guard: CommitGuard | None = None
+
+
+@event.listens_for(_GuardedSession, "before_commit")
+def _session_commits(session: _GuardedSession) -> None:
+    if session.guard is not None:
+        session.guard.before_commit(session)

@@ -4,5 +4,6 @@ SET status='completed', claim_token=NULL, claim_expires_at=NULL, result=CAST(%(d
 WHERE pgqueue.jobs.id = %(job_id)s::BIGINT
 AND pgqueue.jobs.claim_token = %(token)s::UUID
 AND (
-    SELECT set_config(%(set_config_2)s::VARCHAR, %(milliseconds)s::VARCHAR, true) AS set_config_1) IS NOT NULL
+    SELECT set_config('idle_in_transaction_session_timeout', %(milliseconds)s::VARCHAR, true) AS set_config_1) IS NOT
+        NULL
 RETURNING pgqueue.jobs.id;
