@@ -162,6 +162,8 @@ class Due:
 
 def settle(rule: CronRule, catchup: Catchup, since: datetime, now: datetime) -> Due:
     """What is to be done at `now` about the ticks from `since` on, both moments by the database's clock."""
+    # Whatever zone its sessions are in: within one, Python reckons by the clock on the wall.
+    since, now = since.astimezone(UTC), now.astimezone(UTC)
     first = rule.next_after(since - SECOND if since.microsecond == 0 else since)
     if first > now:
         return Due([], first)
@@ -284,7 +286,9 @@ class Schedule:
 
     def next_ticks(self, count: int = 5) -> list[datetime]:
         """The next ticks, in UTC, as the row stands."""
-        since = self.next_tick_at - SECOND if self.next_tick_at.microsecond == 0 else self.next_tick_at
+        since = self.next_tick_at.astimezone(UTC)
+        if since.microsecond == 0:
+            since -= SECOND
         return list(itertools.islice(self.rule.ticks_after(since), count))
 
 

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import fields, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import sqlalchemy as sa
@@ -358,7 +358,7 @@ class Task(Generic[P, R]):
             return None, None
         seconds = as_seconds(expires_in)
         if options.at is not None:
-            return None, min(options.at + timedelta(seconds=seconds), RUN_AT_MAX - timedelta(days=1))
+            return None, min(options.at.astimezone(UTC) + timedelta(seconds=seconds), RUN_AT_MAX - timedelta(days=1))
         return seconds + (0.0 if options.delay is None else as_seconds(options.delay)), None
 
     def _insert(

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgqueue import ConfigurationError, cron
-from pgqueue.cron import CATCHUP_TICKS_MAX, MISSED_SECONDS, TICKS_PER_PASS, Catchup, CronRule, settle
+from pgqueue.cron import CATCHUP_TICKS_MAX, MISSED_SECONDS, TICKS_PER_PASS, Catchup, CronRule, Due, Schedule, settle
 
 ZURICH = "Europe/Zurich"
 MINUTE = timedelta(minutes=1)
@@ -240,6 +240,42 @@ def test_a_tick_that_is_a_little_late_runs_whatever_the_catchup(catchup: Catchup
     due = settle(EVERY_MINUTE, catchup, NOON, NOON + timedelta(seconds=late))
 
     assert (due.ticks, due.next_tick_at, due.skipped) == ([NOON], NOON + MINUTE, None)
+
+
+@pytest.mark.parametrize("catchup", list(Catchup))
+@pytest.mark.parametrize("moment", [ZONES[ZURICH], datetime(2026, 10, 25, 1, tzinfo=UTC)])
+def test_in_which_zone_the_database_gives_its_moments_makes_no_difference(catchup: Catchup, moment: datetime) -> None:
+    """Python reckons by the wall clock within one zone: a second before 03:00 is in an hour that does not exist."""
+    zone = ZoneInfo(ZURICH)
+    since, now = moment.astimezone(zone), (moment + timedelta(seconds=1)).astimezone(zone)
+
+    due = settle(CronRule("0 * * * *"), catchup, since, now)
+
+    assert due == Due([moment], moment + timedelta(hours=1))
+
+
+def test_the_next_ticks_of_a_row_are_the_same_in_whichever_zone_it_was_read() -> None:
+    moment = ZONES[ZURICH]
+
+    row = Schedule(
+        name="hourly",
+        cron="0 * * * *",
+        timezone="UTC",
+        task="report",
+        payload_json="{}",
+        queue="default",
+        priority=0,
+        max_retries=3,
+        catchup="all",
+        overlap=True,
+        enabled=True,
+        declared_by="sql",
+        next_tick_at=moment.astimezone(ZoneInfo(ZURICH)),
+        created_at=moment,
+        updated_at=moment,
+    )
+
+    assert row.next_ticks(2) == [moment, moment + timedelta(hours=1)]
 
 
 def test_none_skips_what_was_missed() -> None:

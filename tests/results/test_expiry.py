@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 import sqlalchemy as sa
@@ -52,6 +53,15 @@ def test_an_expiry_counts_from_when_the_job_is_due(pgq: PgQueue, options: dict[s
 
     for job_id in (one, *many):
         assert seconds_from_due_to_expiry(pgq, job_id) == pytest.approx(60, abs=0.002)
+
+
+def test_an_expiry_counts_seconds_also_where_the_clock_is_changed(pgq: PgQueue) -> None:
+    """Within one zone Python reckons by the clock on the wall: an hour after 02:30 would be two."""
+    at = datetime(2036, 10, 26, 2, 30, tzinfo=ZoneInfo("Europe/Zurich"))
+
+    job_id = add_one(pgq, at=at, expires_in=3600)
+
+    assert seconds_from_due_to_expiry(pgq, job_id) == 3600
 
 
 def test_an_expiry_can_be_a_moment(pgq: PgQueue) -> None:
