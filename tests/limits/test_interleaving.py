@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from limited import claim, ids, put
+from support import wait_for
 
 from pgqueue import PgQueue, limits
 from pgqueue.schema import Tables
@@ -171,3 +172,22 @@ def test_what_somebody_sets_while_a_worker_declares_its_limits_stays(
 
     (row,) = pgq.list_limits()
     assert (row.limits.concurrency, row.declared_by) == (7, "ann")
+
+
+@pytest.mark.parametrize("keys", [{}, {"concurrency_key": "a"}, {"ordering_key": "a"}])
+def test_a_job_that_expires_while_it_waits_leaves_its_turn_to_the_next(pgq: PgQueue, keys: dict[str, str]) -> None:
+    task = pgq.external_task("work")
+    if "ordering_key" not in keys:
+        pgq.set_limits(task="work", **({"key_concurrency": 1} if keys else {"concurrency": 1}))
+    (_, waits, behind) = put(pgq, task, 3, **keys)
+    (holder,) = claim(pgq)
+    assert claim(pgq) == [], "two wait"
+
+    long_ago = sa.literal_column("'2020-01-01 00:00:00.000'")
+    with pgq.begin() as connection:
+        jobs = pgq.tables.jobs
+        connection.execute(sa.update(jobs).where(jobs.c.id == waits).values(expires_at=long_ago))
+    pgq.ack(holder)
+
+    started = wait_for(lambda: claim(pgq), "the one behind")
+    assert ids(started) == [behind]
