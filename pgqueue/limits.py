@@ -829,9 +829,9 @@ def _look(
     tracked_of_keys: dict[tuple[str, str], int] = {}
     if counts.of_keys:
         for row in rows:
-            if row.of_key:
+            if row[6]:
                 key = (row[1], row[2])
-                tracked_of_keys[key], of_keys[key] = divmod(row.of_key, TRACKED)
+                tracked_of_keys[key], of_keys[key] = divmod(row[6], TRACKED)
     of_tasks: dict[str, int] = {}
     tracked_of_tasks: dict[str, int] = {}
     if counts.of_tasks:
@@ -889,7 +889,7 @@ def _look_at_jobs(tables: Tables, of_tasks: bool, flush: bool, counts: _Counts) 
             .correlate(candidate)
             .scalar_subquery()
         )
-        looked.append(sa.case((candidate.c.concurrency_key.is_not(None), of_key)).label("of_key"))
+        looked.append(sa.case((candidate.c.concurrency_key.is_not(None), of_key)).label("of_key"))  # the first, if any
     if counts.of_order:
         leader = _leader(tables, jobs.c.ordering_key == candidate.c.ordering_key).correlate(candidate).scalar_subquery()
         looked.append(sa.case((candidate.c.ordering_key.is_not(None), leader)).label("leader"))
@@ -930,12 +930,13 @@ def _holds_slot(tables: Tables) -> list[sa.ColumnElement[bool]]:
     return conditions
 
 
-def _tokens_seen(jobs: Iterable[Any], rates: _Rates) -> dict[Bucket, float]:
-    tokens: dict[Bucket, float] = {}
-    for job in jobs:
-        if job.tokens is not None and ("task", job.task) in rates:
-            tokens["task", job.task, job.rate_key or ""] = _tokens(job.tokens, job.seconds, *rates["task", job.task])
-    return tokens
+def _tokens_seen(jobs: Sequence[Any], rates: _Rates) -> dict[Bucket, float]:
+    of_buckets = {("task", job[1], job[4] or ""): job for job in jobs}  # many are in one
+    return {
+        bucket: _tokens(job.tokens, job.seconds, *rates[bucket[:2]])
+        for bucket, job in of_buckets.items()
+        if bucket[:2] in rates and job.tokens is not None
+    }
 
 
 def _look_at_tokens(
