@@ -194,21 +194,21 @@ def admit(
     queue_slots = math.inf if queue is None or queue.concurrency is None else queue.concurrency - in_use.queue
     task_running, key_running = dict(in_use.tasks), dict(in_use.keys)
 
-    def has_token(bucket: Bucket, limits: Limits | None) -> bool:
-        if limits is None or limits.rate is None or limits.burst is None:
-            return True
-        if in_use.tokens.get(bucket, limits.burst) - decision.spent.get(bucket, 0) >= 1 - TOKEN_TOLERANCE:
+    def has_token(bucket: Bucket, limits: Limits) -> bool:
+        if in_use.tokens.get(bucket, limits.burst or 0) - decision.spent.get(bucket, 0) >= 1 - TOKEN_TOLERANCE:
             return True
         decision.wanting.add(bucket)
         return False
 
-    def spend(bucket: Bucket, limits: Limits | None) -> None:
-        if limits is not None and limits.rate is not None:
-            decision.spent[bucket] = decision.spent.get(bucket, 0) + 1
+    def spend(bucket: Bucket) -> None:
+        decision.spent[bucket] = decision.spent.get(bucket, 0) + 1
 
     of_queue: Bucket = ("queue", queue_name, "")
+    queue_with_rate = queue if queue is not None and queue.rate is not None else None
     for job in candidates:
-        if len(decision.admitted) >= want or len(decision.admitted) >= queue_slots or not has_token(of_queue, queue):
+        if len(decision.admitted) >= want or len(decision.admitted) >= queue_slots:
+            break
+        if queue_with_rate is not None and not has_token(of_queue, queue_with_rate):
             break
         if job.ordering_key is not None:
             leader = in_use.leaders.get(job.ordering_key, job.id)
@@ -217,25 +217,29 @@ def admit(
                 decision.behind[job.id] = leader
                 continue
         limits = tasks.get(job.task)
-        key = (job.task, job.concurrency_key or "")
-        of_task: Bucket = ("task", job.task, job.rate_key or "")
         if limits is not None:
-            if limits.concurrency is not None and task_running.get(job.task, 0) >= limits.concurrency:
-                decision.waits[job.id] = WAITS_FOR_TASK
-                continue
-            if (
-                limits.key_concurrency is not None
-                and job.concurrency_key is not None
-                and key_running.get(key, 0) >= limits.key_concurrency
-            ):
-                decision.waits[job.id] = WAITS_FOR_KEY + job.concurrency_key
-                continue
-            if not has_token(of_task, limits):
-                decision.waits[job.id] = WAITS_FOR_RATE + (job.rate_key or "")
-                continue
+            if limits.concurrency is not None:
+                running = task_running.get(job.task, 0)
+                if running >= limits.concurrency:
+                    decision.waits[job.id] = WAITS_FOR_TASK
+                    continue
+            key = None
+            if limits.key_concurrency is not None and job.concurrency_key is not None:
+                key = (job.task, job.concurrency_key)
+                if key_running.get(key, 0) >= limits.key_concurrency:
+                    decision.waits[job.id] = WAITS_FOR_KEY + job.concurrency_key
+                    continue
+            if limits.rate is not None:
+                of_task: Bucket = ("task", job.task, job.rate_key or "")
+                if not has_token(of_task, limits):
+                    decision.waits[job.id] = WAITS_FOR_RATE + (job.rate_key or "")
+                    continue
+                spend(of_task)
+            if limits.concurrency is not None:
+                task_running[job.task] = running + 1
+            if key is not None:
+                key_running[key] = key_running.get(key, 0) + 1
         decision.admitted.append(job.id)
-        task_running[job.task] = task_running.get(job.task, 0) + 1
-        key_running[key] = key_running.get(key, 0) + 1
-        spend(of_queue, queue)
-        spend(of_task, limits)
+        if queue_with_rate is not None:
+            spend(of_queue)
     return decision

@@ -810,10 +810,9 @@ def _look(
         of_order=gates.ordered,
         of_tokens=bool(gates.rates) and ("queue", gates.queue_name) not in gates.rates,
     )
-    found = dialect.execute(connection, _look_at_jobs(tables, tasks is not None, flush, counts), parameters)
-    rows: list[Any] = list(
-        {row[0]: row for row in found}.values()
-    )  # a lane that comes into being meanwhile may be seen twice
+    found = dialect.execute(connection, _look_at_jobs(tables, tasks is not None, flush, counts), parameters).all()
+    # A lane that comes into being meanwhile may be seen twice.
+    rows: list[Any] = list({row[0]: row for row in found}.values())
     tokens: dict[Bucket, float] = {}
     awaited: Sequence[Any] = ()
     if counts.of_tokens and rows and not rows[0].tokens_awaited:
