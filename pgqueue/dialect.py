@@ -416,13 +416,17 @@ def ends_if_frozen(dialect_name: str, milliseconds: sa.BindParameter[str]) -> sa
     return sa.select(setting).scalar_subquery().is_not(None)
 
 
-def waits_at_most(dialect_name: str, milliseconds: sa.BindParameter[str]) -> sa.ColumnElement[bool]:
-    """A condition that always holds; no statement of the transaction then waits for a lock for longer, this one
-    included."""
+def holds_up_nobody(
+    dialect_name: str, waits: sa.BindParameter[str], milliseconds: sa.BindParameter[str]
+) -> sa.ColumnElement[bool]:
+    """Likewise; and no statement of the transaction, this one included, waits for a lock for longer than `waits`."""
     if dialect_name == SQLITE:
         return sa.true()
-    setting = sa.func.set_config("lock_timeout", milliseconds, sa.true())
-    return sa.select(setting).scalar_subquery().is_not(None)
+    settings = sa.func.concat(
+        sa.func.set_config("lock_timeout", waits, sa.true()),
+        sa.func.set_config("idle_in_transaction_session_timeout", milliseconds, sa.true()),
+    )
+    return sa.select(settings).scalar_subquery().is_not(None)
 
 
 def lanes(jobs: sa.Table, queue: sa.BindParameter[str]) -> sa.Select[Any]:

@@ -207,7 +207,7 @@ def claim(
             tasks,
             limit=at_most,
             flush=flush,
-            waited=(gates.queue.promote_after or 0.0) if promoting and gates.queue else 0.0,
+            waited=gates.queue.promote_after if promoting and gates.queue is not None else None,
         )
         if not number and gates.rates:
             next_token, offered = _offer_tokens(connection, tables, gates, seen.awaited)
@@ -310,10 +310,8 @@ def _lock_limits(tables: Tables, of_tasks: bool, bounded: bool) -> sa.Select[Any
     columns = [limits.c[name] for name in ("scope", "name", *_OF_CLAIMS, "ordered", "releasing")]
     conditions = [sa.or_(of_queue, of_task), store.are_kept(limits)]
     if bounded:
-        conditions += [
-            dialect.waits_at_most(tables.dialect_name, sa.bindparam("waits", type_=sa.Text())),
-            dialect.ends_if_frozen(tables.dialect_name, sa.bindparam("milliseconds", type_=sa.Text())),
-        ]
+        waits, milliseconds = (sa.bindparam(name, type_=sa.Text()) for name in ("waits", "milliseconds"))
+        conditions.append(dialect.holds_up_nobody(tables.dialect_name, waits, milliseconds))
     return (
         sa.select(*columns, ended.label("something_ended"))
         .where(*conditions)
@@ -794,16 +792,19 @@ def _look(
     *,
     limit: int,
     flush: bool,
-    waited: float,
+    waited: float | None,
 ) -> _Seen:
     """Due jobs in the order of claims, locked: those that have been due for `waited` seconds. With what is in use."""
     limited = gates.limited
-    parameters: dict[str, Any] = {"of_queue": gates.queue_name, "limit": limit, "waited": waited}
+    parameters: dict[str, Any] = {"of_queue": gates.queue_name, "limit": limit}
+    if waited is not None:
+        parameters["waited"] = waited
     if tasks is not None:
         parameters["tasks"] = list(tasks)
     if limited:
         parameters["limited"] = limited
     counts = _Counts(
+        waited=waited is not None,
         of_queue=gates.holding is None,
         of_tasks=bool(limited),
         of_keys=gates.keyed,
@@ -853,8 +854,9 @@ def _look(
 
 @dataclass(frozen=True)
 class _Counts:
-    """What a look has to count."""
+    """What a look has to count, and whether of jobs that waited for some time."""
 
+    waited: bool
     of_queue: bool
     of_tasks: bool
     of_keys: bool
@@ -866,16 +868,17 @@ class _Counts:
 def _look_at_jobs(tables: Tables, of_tasks: bool, flush: bool, counts: _Counts) -> sa.Select[Any]:
     jobs = tables.jobs
     queue = sa.bindparam("of_queue", type_=sa.Text())
-    waited = sa.bindparam("waited", type_=sa.Float())
+    filters = store.claim_filters(tables, queue, of_tasks, flush)
+    if counts.waited:
+        waited = sa.bindparam("waited", type_=sa.Float())
+        filters = sa.and_(filters, jobs.c.run_at <= dialect.seconds_from_now(-waited))
     columns = [jobs.c.id, jobs.c.task, jobs.c.concurrency_key, jobs.c.ordering_key, jobs.c.rate_key, jobs.c.slot]
     candidate = dialect.due(
         tables.dialect_name,
         jobs,
         columns,
         queue,
-        sa.and_(
-            store.claim_filters(tables, queue, of_tasks, flush), jobs.c.run_at <= dialect.seconds_from_now(-waited)
-        ),
+        filters,
         sa.bindparam("limit", type_=sa.Integer()),
         from_marks=False,
     ).cte("candidate")
