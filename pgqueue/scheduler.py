@@ -73,6 +73,7 @@ class Scheduler:
         self._prune_at = time.monotonic() + PRUNE_SECONDS
         self._aside: dict[str, float] = {}  # schedules that cannot be settled, and until when they are left alone
         self._locked_wait = LOCKED_SECONDS_MIN
+        self._are_more_due = False  # so that there is no need to ask
         self._told: dict[str, str] = {}  # and what was last said of them
 
     def step(self, connection: sa.Connection) -> float:
@@ -81,6 +82,8 @@ class Scheduler:
         if time.monotonic() >= self._prune_at:
             self._prune(connection)
         self._aside = {name: until for name, until in self._aside.items() if until > time.monotonic()}
+        if self._are_more_due and self._settle(connection):
+            return 0.0
         with committing_each(connection):
             wait = schedules.seconds_until_due(
                 connection, self._tables, tasks=self._task_names, aside=list(self._aside)
@@ -145,6 +148,7 @@ class Scheduler:
                 left -= settled.ticks
                 if left <= 0:  # the transaction has been long enough; the next one takes the others
                     break
+        self._are_more_due = left <= 0 or len(due) == SCHEDULES_PER_PASS
         for schedule, problem in problems:
             self._put_aside(schedule, problem)
         if queues:
