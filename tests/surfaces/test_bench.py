@@ -15,6 +15,7 @@ from jobs import add, everything
 from support import execute, rows
 
 from pgqueue import ConfigurationError, DatabaseUnreachable, PgQueue, PgqueueError, bench
+from pgqueue.claiming import Claimer
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +97,7 @@ def test_a_bench_that_is_interrupted_leaves_nothing_behind(
 
 def test_a_bench_in_which_nothing_happens_says_so(pg: PgQueue, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "STALL_SECONDS", 0.2)
-    monkeypatch.setattr(bench.Worker, "_claim_step", lambda *_: 60.0)
+    monkeypatch.setattr(Claimer, "_fill_all", lambda *_: 60.0)
 
     with pytest.raises(PgqueueError, match=r"no job ended for 0\.2 s; 0 of 12 had"):
         bench.run_bench(pg.url, schema="pgqueue", jobs=10, rounds=1)
