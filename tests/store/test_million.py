@@ -16,7 +16,8 @@ import pytest
 from store.test_statements import HELD, HOLD, HOT, INDEXES, analyze, indexes_in, nodes, plans_of, recorded
 from support import execute, scalar
 
-from pgqueue import PgQueue, operations, store
+from pgqueue import PgQueue, limits, operations, store
+from pgqueue.admission import Limits
 from pgqueue.job import NewJob
 
 JOBS = 1_000_000
@@ -107,6 +108,28 @@ def generic_plan(pgq: PgQueue, statement: str) -> dict[str, Any]:
         found = connection.connection.driver_connection.execute(f"EXPLAIN (GENERIC_PLAN, FORMAT JSON) {numbered}")  # type: ignore[union-attr]
         plan: dict[str, Any] = found.fetchone()[0][0]["Plan"]
         return plan
+
+
+def test_a_claim_within_limits_goes_by_its_indexes_and_reads_what_it_needs(pgq: PgQueue) -> None:
+    every = Limits(concurrency=1_000, key_concurrency=5, rate=1e6, burst=1_000)
+    with pgq.engine.connect() as connection:
+        limits.put_limits(connection, pgq.tables, "task", "work", every, declared_by="test")
+        limits.note_ordered(connection, pgq.tables, "default")
+        claim = {"queue": "default", "worker": "w", "token": uuid.UUID(int=1), "lease": 30, "tasks": ["work"]}
+        assert len(limits.claim(connection, pgq.tables, limit=10, **claim).jobs) == 10  # lets go what waited
+        with recorded(pgq.engine) as sent:
+            claimed = limits.claim(connection, pgq.tables, limit=100, **claim).jobs
+        plans = [
+            connection.exec_driver_sql(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}", parameters).scalar_one()
+            for statement, parameters in sent
+        ]
+        connection.rollback()
+
+    assert len(claimed) == 100
+    assert len(plans) == 3
+    found = [plan[0]["Plan"] for plan in plans]
+    assert not reads_jobs_in_sequence(found)
+    assert blocks(found) <= BLOCKS
 
 
 #: What people look at, and how many blocks it may read.
