@@ -12,11 +12,11 @@ from pgqueue.assignment import Assignment
 from pgqueue.deadlines import Deadlines
 from pgqueue.engine import make_async_engine, parse_url
 from pgqueue.events import EventName, event_of
-from pgqueue.executor import cancelled_itself, execute, execute_async, timed_out
+from pgqueue.executor import cancelled_itself, describe, execute, execute_async, timed_out
 from pgqueue.finishing import Finisher
 from pgqueue.holds import Holds
 from pgqueue.isolation import Processes, reference_of
-from pgqueue.job import Cancelled, ClaimedJob, Expired, Outcome, Released
+from pgqueue.job import Cancelled, ClaimedJob, Expired, Failed, Outcome, Released
 from pgqueue.loop import TaskLoop
 from pgqueue.progressing import Progress
 from pgqueue.slots import Slots
@@ -113,12 +113,15 @@ class Runner:
         """Run a `def` task in this thread, to its end in the finisher's hands."""
         definition = self._definitions[job.task]
         outcome: Outcome | None
-        if definition.isolation is not None:
-            outcome = self._processes.run(job, definition, self._isolated[job.task])
-        elif definition.transactional:
-            outcome = self._run_transactional(definition, job)
-        else:
-            outcome = self._execute(definition, job)
+        try:
+            if definition.isolation is not None:
+                outcome = self._processes.run(job, definition, self._isolated[job.task])
+            elif definition.transactional:
+                outcome = self._run_transactional(definition, job)
+            else:
+                outcome = self._execute(definition, job)
+        except Exception as error:  # noqa: BLE001 — a defect of ours must cost neither the slot nor the job's end
+            outcome = _outcome_of_defect(error, job)
         if outcome is not None:
             self._finish(job, outcome)
 
@@ -148,6 +151,8 @@ class Runner:
                 outcome = await execute_async(definition, job)
         except asyncio.CancelledError:
             outcome = self._async_stopped.get(job) or cancelled_itself(definition.retry)
+        except Exception as error:  # noqa: BLE001 — likewise
+            outcome = _outcome_of_defect(error, job)
         finally:
             del self._async_jobs[job]
             self._async_stopped.pop(job, None)
@@ -204,3 +209,9 @@ class Runner:
         if EventName.LOST in self._listeners.wanted:
             self._listeners.tell([event_of(EventName.LOST, job, reason=TAKEN)])
         self.stop(job, STOPPED_RUNNING)
+
+
+def _outcome_of_defect(error: Exception, job: ClaimedJob) -> Outcome:
+    """How an attempt ended that something else than its task broke: as a failure of the task, which the job tells."""
+    logger.error("task %s, job %d: running it failed in pgqueue itself: %s", job.task, job.id, type(error).__name__)
+    return Failed(describe(error))

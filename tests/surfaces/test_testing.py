@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Iterator
 from datetime import date
 from typing import Any
@@ -13,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from support import scalar
 
-from pgqueue import Cancel, ConfigurationError, JobFailed, PgQueue, Rate, Retry, Snooze, Unique, progress
+from pgqueue import Cancel, ConfigurationError, JobFailed, PgQueue, Rate, Retry, Snooze, Unique, progress, store
 from pgqueue.testing import (
     Tester,
     assert_enqueued,
@@ -506,7 +507,8 @@ def test_a_lease_runs_out_while_time_passes(pgq: PgQueue, session: Session) -> N
 
     one.enqueue(session)
     connection = session if isinstance(session, sa.Connection) else session.connection()
-    assert len(pgq._claim_on(connection, "worker-1", "default", None, 1, 30.0)) == 1
+    claimed = store.claim(connection, pgq.tables, queue="default", worker="w", token=uuid.uuid4(), limit=1, lease=30)
+    assert len(claimed) == 1
     assert drain(session, pgq).completed == 0
     travel(session, pgq, seconds=31)
     report = drain(session, pgq)

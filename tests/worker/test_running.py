@@ -13,7 +13,19 @@ from jobs import seconds_until_due
 from support import execute, scalar, wait_for
 from working import Gate, drain, enqueue, enqueue_many, events, statuses, table, wait_for_status, working
 
-from pgqueue import Cancel, Discard, PgQueue, Retry, RetryAfter, Snooze, Worker, WorkerConfig, current_job, store
+from pgqueue import (
+    Cancel,
+    Discard,
+    PgQueue,
+    Retry,
+    RetryAfter,
+    Snooze,
+    Worker,
+    WorkerConfig,
+    current_job,
+    running,
+    store,
+)
 
 AT_ONCE = Retry(max_retries=2, backoff="constant", base=0, jitter=False)
 
@@ -49,6 +61,34 @@ def test_def_and_async_def_tasks_complete_with_their_results(pgq: PgQueue) -> No
         job = pgq.get_job(job_id)
         assert (job.status, job.attempt, job.retries, job.error) == ("completed", 1, 0, None)
         assert events(pgq, job_id) == []
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_a_defect_in_running_a_job_costs_neither_the_slot_nor_the_end_of_the_job(
+    pgq: PgQueue, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @pgq.task(retry=AT_ONCE)
+    def plain() -> None: ...
+
+    @pgq.task(retry=AT_ONCE)
+    async def asynchronous() -> None: ...
+
+    name = "execute" if kind == "def" else "execute_async"
+    works, broken = getattr(running, name), iter([True])
+
+    def breaks_once(*given: Any) -> Any:
+        if next(broken, False):
+            raise RuntimeError("a defect")
+        return works(*given)
+
+    monkeypatch.setattr(running, name, breaks_once)
+    job_id = enqueue(plain if kind == "def" else asynchronous)
+
+    drain(pgq, queues={"default": 1})
+
+    job = pgq.get_job(job_id)
+    assert (job.status, job.attempt, job.retries) == ("completed", 2, 1)
+    assert pgq.job_events(job_id)[0]["error"]["message"] == "a defect"
 
 
 def test_a_failing_job_is_retried_until_its_retries_are_used_and_then_is_dead(pgq: PgQueue) -> None:
@@ -560,14 +600,14 @@ def test_an_enqueue_wakes_an_idle_worker(pg: PgQueue) -> None:
             wait_for_status(pg, enqueue(works), "completed")
 
 
-@pytest.mark.parametrize("question", ["lanes", "claim"])
+@pytest.mark.parametrize("question", ["is_any_pending", "lanes", "claim"])
 def test_a_wake_up_that_comes_while_the_database_is_asked_for_jobs_is_not_lost(
     pg: PgQueue, monkeypatch: pytest.MonkeyPatch, question: str
 ) -> None:
     @pg.task
     def works() -> None: ...
 
-    if question == "claim":
+    if question != "is_any_pending":
         enqueue(works)
     ids: list[int] = []
     ask = getattr(store, question)
@@ -576,7 +616,7 @@ def test_a_wake_up_that_comes_while_the_database_is_asked_for_jobs_is_not_lost(
         found = ask(*arguments, **settings)
         if not ids:
             # After the question's snapshot and before its answer is looked at.
-            ids.append(enqueue(works))
+            ids.append(enqueue(works.using(priority=5)))
             worker._woken("default")
         return found
 
