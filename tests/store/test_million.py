@@ -45,6 +45,12 @@ PRESENT = f"""
 """
 
 
+EVENTS = """
+    INSERT INTO pgqueue.job_events (job_id, queue, task, event, actor)
+    SELECT n * 10, 'default', 'work', 'retry', 'w' FROM generate_series(1, :count / 500) AS n
+"""
+
+
 @pytest.fixture(scope="module")
 def million(pg_server: pgserver.Server) -> Iterator[PgQueue]:
     """A queue with the million, analyzed when it was empty."""
@@ -53,6 +59,7 @@ def million(pg_server: pgserver.Server) -> Iterator[PgQueue]:
     analyze(pgq)
     execute(pgq.engine, HISTORY, count=FINISHED)
     execute(pgq.engine, PRESENT, count=JOBS - FINISHED)
+    execute(pgq.engine, EVENTS, count=JOBS)
     execute(pgq.engine, HOLD, first=HELD[0], last=HELD[-1])
     with pgq.begin() as connection:
         store.insert_job(connection, pgq.tables, NewJob("work", "{}", unique_key="taken"))

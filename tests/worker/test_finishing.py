@@ -106,14 +106,14 @@ def test_a_transaction_that_cannot_be_begun_is_not_tried_again_at_once(
     @pgq.task(transactional=True)
     def work(session: object) -> None: ...
 
-    connect = pgq.engine.connect
+    connect = sa.Engine.connect
 
-    def connect_but_for_tasks() -> sa.Connection:
+    def connect_but_for_tasks(engine: sa.Engine) -> sa.Connection:
         if threading.current_thread().name == "pgqueue-default":
             raise sa.exc.OperationalError("", {}, ConnectionError("too many clients"))
-        return connect()
+        return connect(engine)
 
-    monkeypatch.setattr(pgq.engine, "connect", connect_but_for_tasks)
+    monkeypatch.setattr(sa.Engine, "connect", connect_but_for_tasks)
     job_id = enqueue(work)
     with working(pgq):
         wait_for(lambda: events(pgq, job_id), "the job to be released")

@@ -510,14 +510,15 @@ def test_a_unique_key_in_a_long_transaction_of_the_application_holds_up_its_own_
 
         steps.settle()  # waits for nobody
         other = visit.enqueue(application, tenant="c")
-        assert (len(ticks_of(pg, "a")), len(ticks_of(pg, "b"))) == (0, 1)
+        assert (ticks_of(pg, "a"), bool(ticks_of(pg, "b"))) == ([], True)
         getattr(application, ends)()
 
     steps.scheduler._aside.clear()  # as a little later
     steps.settle()
 
-    ((_, job_id),) = ticks_of(pg, "a")
-    assert (job_id is None) is (ends == "commit")
+    jobs = [job_id for _, job_id in ticks_of(pg, "a")]  # one or two: a minute may have begun meanwhile
+    assert jobs
+    assert (None in jobs) is (ends == "commit")
     assert other.inserted
     assert [record.message for record in caplog.records if record.levelno >= logging.ERROR] == []
 
