@@ -15,7 +15,7 @@ The path of a job through the modules:
 `consuming`, `inspecting`, `operating`, `repairing`, `limiting`; their statements are in `operations`, `dead_letter` and
 `limits`. `handle` is what an enqueue returns: it waits for the job's end, through `results`.
 
-Where a queue or a task has limits, claims are made by `limits.claim` instead, and `admission.admit` decides.
+Where a queue or a task has limits, claims are made by `within_limits.claim` instead, and `admission.admit` decides.
 
 `schema` has the tables, `dialect` every difference between PostgreSQL and SQLite, `migration` runs Alembic, `cli`
 is the command line. Imports point downwards only; see `[tool.importlinter]` in pyproject.toml.

@@ -10,7 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from pgqueue import limits, sharing, store
+from pgqueue import gating, sharing, store, within_limits
 from pgqueue.assignment import Assignment
 from pgqueue.engine import LockNotWon, bounding_itself, committing_each, looking
 from pgqueue.holds import Holds
@@ -163,15 +163,15 @@ class Claimer(DatabaseLoop):
             slots.looks_empty_until = 0.0
 
     def _fill_within_limits(self, connection: sa.Connection, slots: Slots) -> None:
-        found = limits.LimitedClaim()
+        found = within_limits.LimitedClaim()
 
         def claim(**asked: Any) -> list[ClaimedJob]:
             nonlocal found
             try:
                 with bounding_itself(connection), connection.begin():
-                    found = limits.claim(connection, self._tables, **asked)
+                    found = within_limits.claim(connection, self._tables, **asked)
             except LockNotWon:
-                found = limits.LimitedClaim(again=True)
+                found = within_limits.LimitedClaim(again=True)
             return found.jobs
 
         found_all = self._claim_with(connection, slots, claim)
@@ -184,7 +184,7 @@ class Claimer(DatabaseLoop):
 
     def _are_limited(self, connection: sa.Connection, slots: Slots) -> bool:
         with connection.begin():
-            return limits.are_kept(connection, self._tables, queue=slots.name, tasks=self._task_names)
+            return gating.are_kept(connection, self._tables, queue=slots.name, tasks=self._task_names)
 
     def _look(self, connection: sa.Connection, slots: Slots, lanes: Lanes) -> bool:
         """Let the next claim begin at the front of each lane; False when nothing is pending."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from pgqueue import expiry, limits, operations, retention, store
+from pgqueue import expiry, operations, retention, store, within_limits
 from pgqueue.arguments import checked_limit, checked_tasks, delay_seconds, is_unicode, lease_seconds
 from pgqueue.config import DEFAULT_QUEUE
 from pgqueue.engine import LockNotWon
@@ -109,7 +109,7 @@ class Consumer(Limiter):
         lease: float,
         *,
         sweeps: bool,
-    ) -> limits.LimitedClaim | None:
+    ) -> within_limits.LimitedClaim | None:
         """None: something was swept, which is to be committed first. A claim under limits waits for others, and must
         not keep what it swept locked meanwhile."""
         if sweeps and self._sweep_on(connection, worker):
@@ -123,7 +123,7 @@ class Consumer(Limiter):
             "tasks": tasks,
         }
         claimed = store.claim(connection, self.tables, **asked)
-        return limits.LimitedClaim(claimed) if claimed else limits.claim(connection, self.tables, **asked)
+        return within_limits.LimitedClaim(claimed) if claimed else within_limits.claim(connection, self.tables, **asked)
 
     def _sweep_on(self, connection: sa.Connection, worker: str) -> bool:
         """Take back what expired, claims and jobs; whether there was something."""

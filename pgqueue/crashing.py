@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from pgqueue import limits, retention, store
+from pgqueue import retention, store, within_limits
 from pgqueue.assignment import with_middleware
 from pgqueue.client import PgQueue, Task
 from pgqueue.config import WorkerConfig
@@ -126,7 +126,7 @@ def _claim(pgq: PgQueue, task: str, queue: str, worker: str) -> ClaimedJob:
     pgq.declare_limits([task])
     with pgq.begin() as connection:
         claimed = store.claim(connection, pgq.tables, **asked)
-        claimed = claimed or limits.claim(connection, pgq.tables, **asked).jobs
+        claimed = claimed or within_limits.claim(connection, pgq.tables, **asked).jobs
     if not claimed:
         raise ConfigurationError(f"the job of task {task!r} cannot be claimed: a limit, or another job, is in its way")
     return claimed[0]

@@ -13,7 +13,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from pgqueue import limits, operations, store, uniqueness
+from pgqueue import offers, operations, store, uniqueness
 from pgqueue.dialect import TextArray, id_among, json_of, now, text_in
 from pgqueue.engine import LockNotWon, savepoint, waiting_at_most
 from pgqueue.errors import DuplicateJob, IllegalTransition
@@ -208,7 +208,7 @@ def purge_dead(
     """Delete up to `limit` dead jobs that fit the filter, and their events but for one that says who did it."""
     jobs, events = tables.jobs, tables.job_events
     # A job that a claim has still to find ended, for the slot it held, stays until then.
-    lock = _lock(tables).where(limits.are_done_with(tables))
+    lock = _lock(tables).where(offers.are_done_with(tables))
     rows = connection.execute(_dead(tables, lock, wanted, after_id, limit)).all()
     ids = [row.id for row in rows]
     if not ids:

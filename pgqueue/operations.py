@@ -18,7 +18,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from pgqueue import dialect, limits, store, uniqueness
+from pgqueue import dialect, offers, store, uniqueness
 from pgqueue.dialect import UTCDateTime, id_among, json_text, now, seconds_from_now, seconds_since
 from pgqueue.errors import ClaimLost, IllegalTransition, JobNotFound
 from pgqueue.job import FINAL_STATUSES, ClaimedJob, EventType, Job, JobStatus
@@ -271,7 +271,7 @@ def cancel_job(
 def delete_job(connection: sa.Connection, tables: Tables, job_id: int, *, actor: str, reason: str | None) -> None:
     """Delete a job that is not running. What was recorded of it stays. Raises JobNotFound or IllegalTransition."""
     jobs = tables.jobs
-    with limits.passing_on(connection, tables, bounded(job_id)):
+    with offers.passing_on(connection, tables, bounded(job_id)):
         before = lock_job(connection, tables, job_id, jobs.c.unique_key)
         if before.status == JobStatus.RUNNING:
             raise IllegalTransition(f"job {job_id} is running; cancel it first")
@@ -539,7 +539,7 @@ def prune(
             jobs.c.id <= last_id,
             jobs.c.status.op("IN")(status),
             jobs.c.finished_at < long_ago,
-            limits.are_done_with(tables),
+            offers.are_done_with(tables),
         )
         .order_by(jobs.c.id)
         .limit(limit)

@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
-from pgqueue import expiry, limits, reporting, results, retention, store
+from pgqueue import expiry, limits, reporting, results, retention, store, within_limits
 from pgqueue.assignment import with_middleware
 from pgqueue.client import PgQueue
 from pgqueue.engine import is_aborted
@@ -178,7 +178,7 @@ class Rehearsal:
         claimed = store.claim(self._connection, self._tables, **asked)
         again = not claimed
         while again:
-            found = limits.claim(self._connection, self._tables, bounded=False, **asked)
+            found = within_limits.claim(self._connection, self._tables, bounded=False, **asked)
             claimed, again = found.jobs, found.again and not found.jobs
         return claimed
 

@@ -10,7 +10,7 @@ from typing import Any, overload
 
 import sqlalchemy as sa
 
-from pgqueue import dead_letter, limits, operations
+from pgqueue import dead_letter, offers, operations
 from pgqueue.actor import who, why
 from pgqueue.arguments import checked_id, checked_limit, decoded, require_mapping
 from pgqueue.dead_letter import Batch
@@ -366,7 +366,7 @@ class Repairer(Registry):
             job = dead_letter.lock_for_edit(connection, tables, job_id)
             dead_letter.edit_job(connection, tables, job, values, actor=actor, reason=_edit_reason(changed, reason))
             return
-        with limits.passing_on(connection, tables, operations.bounded(job_id)):
+        with offers.passing_on(connection, tables, operations.bounded(job_id)):
             job = dead_letter.lock_for_edit(connection, tables, job_id)
             values |= self._edited_payload(job, values["payload"])
             changed += _changed_keys(job.payload_json, values["payload"])

@@ -19,14 +19,12 @@ from sqlalchemy.dialects import postgresql
 
 from pgqueue import dialect, store, uniqueness
 from pgqueue.dialect import id_among, json_of, now, seconds_from_now, statement_now
-from pgqueue.job import FINAL_STATUSES, JobStatus, Transition
+from pgqueue.job import JobStatus, Transition
 from pgqueue.schema import Tables
-from pgqueue.store import COMPLETED, DEAD, IDS
+from pgqueue.store import COMPLETED, DEAD, FINAL, IDS
 
 #: The most jobs deleted in one transaction.
 PRUNE_JOBS_MAX = 1_000
-
-FINAL: sa.ColumnClause[str] = sa.literal_column("(" + ", ".join(f"'{status}'" for status in FINAL_STATUSES) + ")")
 
 
 def finish(connection: sa.Connection, tables: Tables, transitions: Sequence[Transition], *, actor: str) -> set[int]:

@@ -39,6 +39,7 @@ from pgqueue.engine import idle_milliseconds
 from pgqueue.errors import DuplicateJob
 from pgqueue.job import (
     ASKED_TO_STOP,
+    FINAL_STATUSES,
     ClaimedJob,
     EnqueueResult,
     ErrorInfo,
@@ -60,7 +61,16 @@ RUNNING: sa.ColumnClause[str] = sa.literal_column("'running'")
 COMPLETED: sa.ColumnClause[str] = sa.literal_column("'completed'")
 DEAD: sa.ColumnClause[str] = sa.literal_column("'dead'")
 CANCELLED: sa.ColumnClause[str] = sa.literal_column("'cancelled'")
+FINAL: sa.ColumnClause[str] = sa.literal_column("(" + ", ".join(f"'{status}'" for status in FINAL_STATUSES) + ")")
+
+#: What `slot` says of a job: that it holds one; that others wait for its end, too; that it was offered one.
 HELD: sa.ColumnClause[str] = sa.literal_column("'held'")
+AWAITED: sa.ColumnClause[str] = sa.literal_column("'awaited'")
+OFFERED: sa.ColumnClause[str] = sa.literal_column("'offered'")
+
+#: Whose limits a row of `limits` or `rate_buckets` has.
+QUEUE: sa.ColumnClause[str] = sa.literal_column("'queue'")
+TASK: sa.ColumnClause[str] = sa.literal_column("'task'")
 
 #: The columns by which jobs share limits.
 LIMIT_KEYS = ("concurrency_key", "ordering_key", "rate_key")
@@ -544,15 +554,14 @@ def claim_filters(tables: Tables, queue: sa.BindParameter[str], of_tasks: bool, 
 
 
 def has_limits(tables: Tables, queue: sa.BindParameter[str], of_tasks: bool) -> sa.ColumnElement[bool]:
-    """Whether claims from the queue have to keep limits: then `limits.claim` makes them."""
+    """Whether claims from the queue have to keep limits: then `within_limits.claim` makes them."""
     limits = tables.limits
 
-    def there_are(scope: str, *conditions: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
-        of_scope = limits.c.scope == sa.literal_column(f"'{scope}'")
-        return sa.exists().where(of_scope, *conditions, are_kept(limits))
+    def there_are(scope: sa.ColumnClause[str], *conditions: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+        return sa.exists().where(limits.c.scope == scope, *conditions, are_kept(limits))
 
     names = [text_in(limits.c.name, sa.bindparam("tasks", type_=TextArray()))] if of_tasks else []
-    return sa.or_(there_are("queue", limits.c.name == queue), there_are("task", *names))
+    return sa.or_(there_are(QUEUE, limits.c.name == queue), there_are(TASK, *names))
 
 
 def nobody_waits_for(jobs: sa.Table) -> sa.ColumnElement[bool]:
@@ -892,7 +901,7 @@ def prune_at_of_dead(tables: Tables) -> sa.ColumnElement[Any]:
     """When a job that dies now is to be deleted, as its task was declared; whoever finds it may not know the task."""
     jobs, limits = tables.jobs, tables.limits
     until = sa.select(seconds_from_now(limits.c.keep_dead)).where(
-        limits.c.scope == sa.literal_column("'task'"), limits.c.name == jobs.c.task, limits.c.keep_dead.is_not(None)
+        limits.c.scope == TASK, limits.c.name == jobs.c.task, limits.c.keep_dead.is_not(None)
     )
     return until.correlate(jobs).scalar_subquery()
 

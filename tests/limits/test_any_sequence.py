@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from jobs import expire, make_due, sweep
 
-from pgqueue import ClaimedJob, ClaimLost, DuplicateJob, IllegalTransition, JobNotFound, OnConflict, PgQueue, limits
+from pgqueue import ClaimedJob, ClaimLost, DuplicateJob, IllegalTransition, JobNotFound, OnConflict, PgQueue, overlooked
 
 EXAMPLES = os.environ.get("PGQUEUE_LIMITS_EXAMPLES")
 
@@ -274,7 +274,7 @@ def test_any_sequence_of_operations_keeps_the_limits_and_lets_every_job_run(
     pgq: PgQueue, monkeypatch: pytest.MonkeyPatch, looks_around: bool
 ) -> None:
     if not looks_around:
-        monkeypatch.setattr(limits, "_offer_idle", lambda *arguments: False)
+        monkeypatch.setattr(overlooked, "look_around", lambda *arguments: False)
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         lambda: WithinLimits(pgq),
         settings=settings(

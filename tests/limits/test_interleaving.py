@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from limited import claim, ids, put
 from support import wait_for
 
-from pgqueue import PgQueue, limits
+from pgqueue import PgQueue, limits, overlooked, within_limits
 from pgqueue.schema import Tables
 
 
@@ -60,7 +60,7 @@ def test_a_token_is_kept_for_a_waiting_job_that_somebody_has_locked(pg: PgQueue)
 def test_a_job_that_has_to_wait_for_one_that_ends_at_that_moment_is_not_forgotten(
     pg: PgQueue, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
-    monkeypatch.setattr(limits, "_offer_idle", lambda *arguments: False)
+    monkeypatch.setattr(overlooked, "look_around", lambda *arguments: False)
     pg.set_limits(task="work", **{limit: 1})
     (_, waits) = put(pg, pg.external_task("work"), 2, concurrency_key="a")
     (holder,) = claim(pg, 1)
@@ -77,19 +77,19 @@ def test_a_job_that_has_to_wait_for_one_that_ends_at_that_moment_is_not_forgotte
 def test_a_job_is_not_forgotten_that_has_to_wait_for_one_that_ended_since_it_was_counted(
     pg: PgQueue, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
-    monkeypatch.setattr(limits, "_offer_idle", lambda *arguments: False)
+    monkeypatch.setattr(overlooked, "look_around", lambda *arguments: False)
     pg.set_limits(task="work", **{limit: 1})
     (_, waits) = put(pg, pg.external_task("work"), 2, concurrency_key="a")
     (holder,) = claim(pg, 1)
-    look = limits._look
+    look = within_limits._look
 
     def look_and_be_overtaken(*arguments: Any, **options: Any) -> Any:
         seen = look(*arguments, **options)
-        monkeypatch.setattr(limits, "_look", look)
+        monkeypatch.setattr(within_limits, "_look", look)
         pg.ack(holder)
         return seen
 
-    monkeypatch.setattr(limits, "_look", look_and_be_overtaken)
+    monkeypatch.setattr(within_limits, "_look", look_and_be_overtaken)
     started = claim(pg) + claim(pg)
 
     assert ids(started) == [waits]
@@ -119,16 +119,16 @@ def test_a_leader_that_gets_another_key_at_that_moment_leaves_nobody_behind_it(
     with pg.begin() as connection:
         leader = leading.using(ordering_key="a").enqueue(connection)
     (behind,) = put(pg, task, ordering_key="a")
-    look = limits._look
+    look = within_limits._look
 
     def look_and_be_overtaken(*arguments: Any, **options: Any) -> Any:
         seen = look(*arguments, **options)
-        monkeypatch.setattr(limits, "_look", look)
+        monkeypatch.setattr(within_limits, "_look", look)
         with pg.begin() as connection:
             assert leading.using(**change).enqueue(connection).id == leader.id
         return seen
 
-    monkeypatch.setattr(limits, "_look", look_and_be_overtaken)
+    monkeypatch.setattr(within_limits, "_look", look_and_be_overtaken)
     started = claim(pg) + claim(pg)
 
     assert ids(started) == [behind]

@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 from limited import claim, ids, put, waiting
 
-from pgqueue import PgQueue, consuming, limits
+from pgqueue import PgQueue, consuming, gating, overlooked, within_limits
 
 # Slots that were offered to jobs that nobody claims -----------------------------------------------------------
 
@@ -37,8 +37,8 @@ def test_a_slot_of_a_key_offered_to_a_job_of_a_paused_queue_does_not_keep_other_
 def test_slots_of_many_keys_offered_to_an_unserved_queue_are_all_found_by_the_others(
     pgq: PgQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "AROUND_JOBS_MAX", 7)
-    limits._lines.cache_clear()
+    monkeypatch.setattr(overlooked, "AROUND_JOBS_MAX", 7)
+    overlooked._lines.cache_clear()
     pgq.set_limits(task="work", key_concurrency=1)
     task = pgq.external_task("work")
     keys = [f"key-{n:02}" for n in range(30)]
@@ -56,7 +56,7 @@ def test_slots_of_many_keys_offered_to_an_unserved_queue_are_all_found_by_the_ot
     started = [job for _ in range(2 * len(keys)) for job in claim(pgq)]
 
     assert len(started) == len(keys)
-    limits._lines.cache_clear()
+    overlooked._lines.cache_clear()
 
 
 # Jobs that are deleted at a bad moment -----------------------------------------------------------------------
@@ -155,12 +155,12 @@ def test_a_claim_waits_only_a_moment_for_one_that_is_frozen(pg: PgQueue) -> None
         assert claim(pg) == []
         waited = time.monotonic() - asked_at
 
-    assert limits.CLAIM_WAITS_SECONDS <= waited < 10
+    assert gating.CLAIM_WAITS_SECONDS <= waited < 10
     assert ids(claim(pg)) == jobs
 
 
 def test_the_server_ends_a_claim_that_is_frozen(pg: PgQueue, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "CLAIM_IDLE_SECONDS", 0.2)
+    monkeypatch.setattr(gating, "CLAIM_IDLE_SECONDS", 0.2)
     pg.set_limits(task="work", concurrency=2)
     jobs = put(pg, pg.external_task("work"))
 
@@ -197,4 +197,6 @@ def offer_what_was_freed(pgq: PgQueue) -> None:
 def claim_on(connection: sa.Connection, pgq: PgQueue) -> Any:
     import uuid
 
-    return limits.claim(connection, pgq.tables, queue="default", worker="w", token=uuid.uuid4(), limit=1, lease=30.0)
+    return within_limits.claim(
+        connection, pgq.tables, queue="default", worker="w", token=uuid.uuid4(), limit=1, lease=30.0
+    )

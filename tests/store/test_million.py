@@ -16,7 +16,7 @@ import pytest
 from store.test_statements import HELD, HOLD, HOT, INDEXES, analyze, indexes_in, nodes, plans_of, recorded
 from support import execute, scalar
 
-from pgqueue import PgQueue, limits, operations, store
+from pgqueue import PgQueue, limits, operations, store, within_limits
 from pgqueue.admission import Limits
 from pgqueue.job import NewJob
 
@@ -123,9 +123,9 @@ def test_a_claim_within_limits_goes_by_its_indexes_and_reads_what_it_needs(pgq: 
         limits.put_limits(connection, pgq.tables, "task", "work", every, declared_by="test")
         limits.note_ordered(connection, pgq.tables, "default")
         claim = {"queue": "default", "worker": "w", "token": uuid.UUID(int=1), "lease": 30, "tasks": ["work"]}
-        assert len(limits.claim(connection, pgq.tables, limit=10, **claim).jobs) == 10  # lets go what waited
+        assert len(within_limits.claim(connection, pgq.tables, limit=10, **claim).jobs) == 10  # lets go what waited
         with recorded(pgq.engine) as sent:
-            claimed = limits.claim(connection, pgq.tables, limit=100, **claim).jobs
+            claimed = within_limits.claim(connection, pgq.tables, limit=100, **claim).jobs
         plans = [
             connection.exec_driver_sql(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}", parameters).scalar_one()
             for statement, parameters in sent
