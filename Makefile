@@ -45,10 +45,14 @@ test: $(VENV)/.pgqueue-test ## run the tests, on a real PostgreSQL and on SQLite
 OLDEST_TESTS := tests/migrations/test_history.py tests/enqueue/test_session.py tests/store/test_finish.py \
 	tests/store/test_claim.py tests/limits/test_order.py tests/worker/test_transactional.py
 
-test-oldest: ## run tests of the database layer with the oldest libraries that are allowed, SQLAlchemy 2.0 among them
+.venv-oldest/.pgqueue-test: pyproject.toml tests/oldest.txt
 	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -c tests/oldest.txt
-	.venv-oldest/bin/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_OPTIONS) $(or $(ARGS),$(OLDEST_TESTS))
+	@touch $@
+
+test-oldest: .venv-oldest/.pgqueue-test ## run tests of the database layer with the oldest libraries that are allowed, SQLAlchemy 2.0 among them
+	@# An old typing-extensions brings an old anyio, whose plugin warns of itself.
+	.venv-oldest/bin/python -m pytest -p no:anyio -n $(PYTEST_WORKERS) $(PYTEST_OPTIONS) $(or $(ARGS),$(OLDEST_TESTS))
 
 lint: $(VENV)/.pgqueue-lint ## check style
 	$(BIN)/ruff check .

@@ -449,7 +449,7 @@ PAYLOADS = st.lists(
 
 
 @given(PAYLOADS)
-@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 def test_payloads_encoded_together_are_those_encoded_one_by_one(payloads: list[dict[str, Any]]) -> None:
     definition = external(PgQueue("sqlite://")).definition
     one_by_one: list[str] | None

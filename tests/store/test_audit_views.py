@@ -375,7 +375,7 @@ def live(pgq: PgQueue, chance: random.Random, *, steps: int, seen: Any = lambda:
         seen()
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_the_state_at_any_past_moment_is_what_was_recorded_then(pgq: PgQueue, seed: int) -> None:
     recorded: list[tuple[Any, dict[int, tuple[Any, ...]]]] = []
 
