@@ -21,7 +21,17 @@ from sqlalchemy.exc import OperationalError
 from support import scalar, wait_for
 from working import working
 
-from pgqueue import ClaimLost, DuplicateJob, IllegalTransition, JobNotFound, PgQueue, PgqueueError, Retry, Unique
+from pgqueue import (
+    ClaimLost,
+    DatabaseUnreachable,
+    DuplicateJob,
+    IllegalTransition,
+    JobNotFound,
+    PgQueue,
+    PgqueueError,
+    Retry,
+    Unique,
+)
 
 SECONDS = float(os.environ.get("PGQUEUE_STRESS_SECONDS", "3"))
 
@@ -96,7 +106,10 @@ class Everybody:
     # Consumers
 
     def consume(self, chance: random.Random) -> None:
-        jobs = self.pgq.claim("consumer", limit=chance.randrange(1, 5), lease=0.5)
+        try:
+            jobs = self.pgq.claim("consumer", limit=chance.randrange(1, 5), lease=0.5)
+        except DatabaseUnreachable:
+            return  # this process did not come to its turn within the lease, and the server ended the claim
         chance.shuffle(jobs)
         if not jobs:
             time.sleep(0.001)
