@@ -375,24 +375,29 @@ def execute(connection: sa.Connection, statement: sa.Executable, parameters: dic
     """
     if connection.dialect.driver != "psycopg":
         return connection.execute(statement, parameters)
-    compiled, types = _compiled(statement)
-    encoded = {
-        name: types[name].process_bind_param(value, connection.dialect) if name in types else value
-        for name, value in compiled.construct_params(parameters).items()
-    }
-    return connection.exec_driver_sql(compiled.string, encoded)
+    text, constants, types = _compiled(statement)
+    encoded = {**constants, **parameters}
+    for name, decorated in types.items():
+        encoded[name] = decorated.process_bind_param(encoded[name], connection.dialect)
+    return connection.exec_driver_sql(text, encoded)
 
 
 @cache
-def _compiled(statement: Any) -> tuple[SQLCompiler, dict[str, Any]]:
+def _compiled(statement: Any) -> tuple[str, dict[str, Any], dict[str, sa.types.TypeDecorator[Any]]]:
+    """Its text, the values that it brings along, and the types of parameters that change their values."""
     dialect_of_psycopg: sa.Dialect = psycopg.dialect()  # type: ignore[no-untyped-call]
     compiled = statement.compile(dialect=dialect_of_psycopg)
+    constants = {name: bind.effective_value for name, bind in compiled.binds.items() if not bind.required}
     decorated = {
-        name: parameter.type
-        for name, parameter in compiled.binds.items()
-        if isinstance(parameter.type, sa.types.TypeDecorator)
+        name: bind.type for name, bind in compiled.binds.items() if isinstance(bind.type, sa.types.TypeDecorator)
     }
-    return compiled, decorated
+    return compiled.string, constants, decorated
+
+
+def quoted(table: sa.Table, *, with_schema: bool = True) -> str:
+    """How text for either database names a table: SQLite quotes as PostgreSQL does."""
+    preparer = postgresql.dialect().identifier_preparer  # type: ignore[no-untyped-call]
+    return preparer.format_table(table, use_schema=with_schema)
 
 
 def insert(dialect_name: str, table: sa.Table) -> Any:

@@ -15,7 +15,6 @@ from typing import Any
 
 import pydantic_core
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql
 
 from pgqueue import dialect, store, uniqueness
 from pgqueue.dialect import id_among, json_of, now, seconds_from_now, statement_now
@@ -83,12 +82,11 @@ def _delete(connection: sa.Connection, tables: Tables, transitions: Sequence[Tra
 @cache
 def _delete_alike(tables: Tables) -> Any:
     jobs = tables.jobs
-    quoted = postgresql.dialect().identifier_preparer  # type: ignore[no-untyped-call]  # SQLite quotes alike
     # Text, because SQLAlchemy leaves the table away in a RETURNING of SQLite. No EXISTS, of which the planner may make
     # a join with all events.
     has_events: sa.ColumnClause[bool] = sa.literal_column(
-        f"(SELECT e.id FROM {quoted.format_table(tables.job_events)} AS e "  # noqa: S608 — names
-        f"WHERE e.job_id = {quoted.format_table(jobs)}.id LIMIT 1) IS NOT NULL"
+        f"(SELECT e.id FROM {dialect.quoted(tables.job_events)} AS e "  # noqa: S608 — names
+        f"WHERE e.job_id = {dialect.quoted(jobs)}.id LIMIT 1) IS NOT NULL"
     )
     return (
         sa.delete(jobs)

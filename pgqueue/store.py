@@ -20,7 +20,6 @@ from typing import Any
 
 import pydantic_core
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import psycopg
 
 from pgqueue import dialect
 from pgqueue.dialect import (
@@ -111,7 +110,6 @@ def insert_job(
     actor: str = "enqueue",
 ) -> EnqueueResult:
     """Store one job. With a unique key that an open job of the task has, `on_conflict` decides."""
-    holder = _key_holder(tables)
     for _ in range(CONFLICT_ROUNDS_MAX):
         inserted = _try_to_insert(connection, tables, job)
         if inserted is not None:
@@ -120,7 +118,7 @@ def insert_job(
             replaced = replace_pending(connection, tables, job, actor)
             if replaced is not None:
                 return EnqueueResult(replaced, inserted=False)
-        found = connection.execute(holder, {"task": job.task, "unique_key": job.unique_key}).one_or_none()
+        found = connection.execute(_key_holder(tables), {"task": job.task, "unique_key": job.unique_key}).one_or_none()
         if found is None:
             continue  # it finished in between
         if on_conflict is OnConflict.SKIP:
@@ -141,13 +139,7 @@ def insert_job(
 def _try_to_insert(connection: sa.Connection, tables: Tables, job: NewJob) -> int | None:
     """The id of the new job; None when its unique key is taken."""
     parameters = _parameters(job)
-    names = tuple(parameters)
-    if connection.dialect.driver == "psycopg":
-        # The one statement of the package that runs once a job: as text it takes half the client's time.
-        inserted = connection.exec_driver_sql(_insert_job_text(tables, names), parameters)
-    else:
-        inserted = connection.execute(_insert_job(tables, names), parameters)
-    return inserted.scalar_one_or_none()
+    return dialect.execute(connection, _insert_job(tables, tuple(parameters)), parameters).scalar_one_or_none()
 
 
 def insert_jobs(
@@ -288,13 +280,6 @@ def _insert_job(tables: Tables, names: tuple[str, ...]) -> Any:
             index_elements=[jobs.c.task, jobs.c.unique_key], index_where=sa.text(OPEN_WITH_KEY)
         )
     return statement.values(_values(names)).returning(jobs.c.id)
-
-
-@cache
-def _insert_job_text(tables: Tables, names: tuple[str, ...]) -> str:
-    """The same INSERT as psycopg takes it."""
-    dialect_of_psycopg: sa.Dialect = psycopg.dialect()  # type: ignore[no-untyped-call]
-    return str(_insert_job(tables, names).compile(dialect=dialect_of_psycopg))
 
 
 @cache
@@ -800,11 +785,7 @@ def complete_in_transaction(
         "document": transition.result_json,
         "milliseconds": idle_milliseconds(frozen_after),
     }
-    if connection.dialect.driver == "psycopg":
-        # As in `insert_job`: this, too, runs once a job.
-        written = connection.exec_driver_sql(_complete_in_transaction_text(tables), parameters)
-    else:
-        written = connection.execute(_complete_in_transaction(tables), parameters)
+    written = dialect.execute(connection, _complete_in_transaction(tables), parameters)
     return written.scalar_one_or_none() is not None
 
 
@@ -827,13 +808,6 @@ def _complete_in_transaction(tables: Tables) -> sa.Update:
         )
         .returning(jobs.c.id)
     )
-
-
-@cache
-def _complete_in_transaction_text(tables: Tables) -> str:
-    """The same UPDATE as psycopg takes it."""
-    dialect_of_psycopg: sa.Dialect = psycopg.dialect()  # type: ignore[no-untyped-call]
-    return str(_complete_in_transaction(tables).compile(dialect=dialect_of_psycopg))
 
 
 @cache

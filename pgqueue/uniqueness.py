@@ -15,7 +15,6 @@ from itertools import islice
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql
 
 from pgqueue import dialect, store
 from pgqueue.dialect import TextArray, id_among, now, seconds_from_now, text_in
@@ -196,10 +195,10 @@ def _begin_from(tables: Tables, select: sa.Select[Any]) -> Any:
 
 def _is_released_now(tables: Tables) -> sa.TextClause:
     """`store.is_released` as text: SQLAlchemy leaves the schema away in a subquery of ON CONFLICT DO UPDATE."""
-    quoted = postgresql.dialect().identifier_preparer  # type: ignore[no-untyped-call]  # SQLite quotes alike
+    period = dialect.quoted(tables.unique_periods, with_schema=False)
     return sa.text(
-        f"coalesce((SELECT holder.status FROM {quoted.format_table(tables.jobs)} AS holder "  # noqa: S608 — names
-        f"WHERE holder.id = {quoted.quote(tables.unique_periods.name)}.job_id), '') IN ('dead', 'cancelled')"
+        f"coalesce((SELECT holder.status FROM {dialect.quoted(tables.jobs)} AS holder "  # noqa: S608 — names
+        f"WHERE holder.id = {period}.job_id), '') IN ('dead', 'cancelled')"
     )
 
 
