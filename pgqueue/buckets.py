@@ -146,8 +146,9 @@ def spent(gates: Gates, decision: Admission, have: Mapping[Bucket, float]) -> tu
     """What is left in the buckets after the admitted jobs have taken theirs; and seconds until the next token that jobs
     wait for."""
     rows: list[dict[str, Any]] = []
+    rates = gates.rates
     for bucket in sorted({*decision.spent, *decision.wanting}):
-        rate, burst = gates.rates[bucket[:2]]
+        rate, burst = rates[bucket[:2]]
         left = have.get(bucket, float(burst)) - decision.spent.get(bucket, 0)
         ripe = max(0.0, 1.0 - left) / rate if bucket in decision.wanting else None
         rows.append({"scope": bucket[0], "name": bucket[1], "key": bucket[2], "tokens": left, "ripe": ripe})

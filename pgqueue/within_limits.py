@@ -87,20 +87,13 @@ def claim(
         overlooked.look_around(connection, tables, gates)
     tokens_come: list[float | None] = []
     claimed: list[ClaimedJob] = []
-    promoting = gates.queue is not None and gates.queue.promote_after is not None
+    # First those that have been due for so long, whatever their priority.
+    waited = gates.queue.promote_after if gates.queue is not None else None
     has_looked_around = False
     for number in range(ROUNDS_MAX):
         want = limit - len(claimed)
         at_most = want + (LOOK_AHEAD if number else 0)
-        seen = _look(
-            connection,
-            tables,
-            gates,
-            tasks,
-            limit=at_most,
-            flush=flush,
-            waited=gates.queue.promote_after if promoting and gates.queue is not None else None,
-        )
+        seen = _look(connection, tables, gates, tasks, limit=at_most, flush=flush, waited=waited)
         if not number and gates.rates:
             next_token, offered = buckets.offer_tokens(connection, tables, gates, seen.awaited)
             tokens_come.append(next_token)
@@ -130,8 +123,8 @@ def claim(
         if len(claimed) == limit or len(decision.admitted) + len(decision.waits) < len(seen.candidates):
             break  # it has what it wants, or what the queue's own limits allow
         if len(seen.candidates) < at_most and not passed_on:
-            if promoting:
-                promoting = False
+            if waited is not None:
+                waited = None
                 continue
             # It has looked at all.
             if not looked:
@@ -174,7 +167,7 @@ def _look(
     waited: float | None,
 ) -> _Seen:
     """Due jobs in the order of claims, locked: those that have been due for `waited` seconds. With what is in use."""
-    limited = gates.limited
+    limited, rates = gates.limited, gates.rates
     parameters: dict[str, Any] = {"of_queue": gates.queue_name, "limit": limit}
     if waited is not None:
         parameters["waited"] = waited
@@ -188,7 +181,7 @@ def _look(
         of_tasks=bool(limited),
         of_keys=gates.keyed,
         of_order=gates.ordered,
-        of_tokens=bool(gates.rates) and ("queue", gates.queue_name) not in gates.rates,
+        of_tokens=bool(rates) and ("queue", gates.queue_name) not in rates,
     )
     found = dialect.execute(connection, _look_at_jobs(tables, tasks is not None, flush, counts), parameters).all()
     # A lane that comes into being meanwhile may be seen twice.
@@ -196,8 +189,8 @@ def _look(
     tokens: dict[Bucket, float] = {}
     awaited: Sequence[Any] = ()
     if counts.of_tokens and rows and not rows[0].tokens_awaited:
-        tokens = buckets.tokens_seen(rows, gates.rates)
-    elif gates.rates:
+        tokens = buckets.tokens_seen(rows, rates)
+    elif rates:
         tokens, awaited = buckets.look(connection, tables, gates, rows)
     if not rows:
         return _Seen(awaited=awaited)
@@ -423,20 +416,15 @@ def _not_tracked(
         lacks = {slot: gates.slots(slot) - tracked[slot] for slot in contended}
         return {slot: count for slot, count in lacks.items() if count > 0}
 
-    of_tasks = [{"task": task, "n": n} for (task, what), n in sorted(missing().items()) if what == WAITS_FOR_TASK]
-    if of_tasks:
-        marked = connection.execute(_await(tables, of_keys=False), {"slots": json.dumps(of_tasks)})
-        for row in marked:
-            tracked.update(offers.slots_of(row))
-    of_keys = [
-        {"task": task, "key": what.removeprefix(WAITS_FOR_KEY), "n": n}
-        for (task, what), n in sorted(missing().items())
-        if what != WAITS_FOR_TASK
-    ]
-    if of_keys:
-        marked = connection.execute(_await(tables, of_keys=True), {"slots": json.dumps(of_keys)})
-        for row in marked:
-            tracked.update(offers.slots_of(row))
+    for of_keys in (False, True):  # what is noted for the first may do for the second
+        slots = [
+            {"task": task, "n": n} | ({"key": what.removeprefix(WAITS_FOR_KEY)} if of_keys else {})
+            for (task, what), n in sorted(missing().items())
+            if (what != WAITS_FOR_TASK) is of_keys
+        ]
+        if slots:
+            for row in connection.execute(_await(tables, of_keys), {"slots": json.dumps(slots)}):
+                tracked.update(offers.slots_of(row))
     return set(missing())
 
 
