@@ -8,12 +8,14 @@ until what it waits for comes free.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal, NamedTuple
 
 from pgqueue.errors import ConfigurationError
+from pgqueue.retry import DELAY_SECONDS_MAX
 
 Period = Literal["second", "minute", "hour", "day"]
 OnFull = Literal["error", "block", "drop"]
@@ -77,14 +79,19 @@ class Rate:
 
     def __post_init__(self) -> None:
         if not _is_number(self.count) or not 0 < self.count <= LIMIT_MAX:
-            raise ConfigurationError(f"count of Rate must be a number more than 0, got {self.count!r}")
+            raise ConfigurationError(
+                f"count of Rate must be a number more than 0 and at most {LIMIT_MAX}, got {self.count!r}"
+            )
         if isinstance(self.per, str) and self.per not in _PERIOD_SECONDS:
             raise ConfigurationError(f"per of Rate must be {', '.join(_PERIOD_SECONDS)} or seconds, got {self.per!r}")
         if not isinstance(self.per, str | timedelta) and not _is_number(self.per):
             raise ConfigurationError(f"per of Rate must be {', '.join(_PERIOD_SECONDS)} or seconds, got {self.per!r}")
-        if not 0 < self.seconds < math.inf:
-            raise ConfigurationError(f"per of Rate must be a time longer than 0, got {self.per!r}")
+        if not 0 < self.seconds <= DELAY_SECONDS_MAX:
+            raise ConfigurationError(
+                f"per of Rate must be more than 0 and at most {DELAY_SECONDS_MAX:.0f} seconds, got {self.per!r}"
+            )
         checked_limit("burst of Rate", self.burst)
+        _check_bucket(self.per_second, self.burst)
 
     @property
     def seconds(self) -> float:
@@ -116,9 +123,11 @@ class Limits:
         for name in ("rate", "promote_after"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and 0 < value <= LIMIT_MAX):
-                raise ConfigurationError(f"{name} must be a number more than 0, got {value!r}")
+                raise ConfigurationError(f"{name} must be a number more than 0 and at most {LIMIT_MAX}, got {value!r}")
         if (self.rate is None) != (self.burst is None):
             raise ConfigurationError("rate and burst belong together: give both or neither")
+        if self.rate is not None and self.burst is not None:
+            _check_bucket(self.rate, self.burst)
         if self.on_full is not None and self.on_full not in ("error", "block", "drop"):
             raise ConfigurationError(f"on_full must be 'error', 'block' or 'drop', got {self.on_full!r}")
         if (self.max_depth is None) != (self.on_full is None):
@@ -132,11 +141,20 @@ class Limits:
 def checked_limit(name: str, limit: object) -> int:
     if isinstance(limit, int) and not isinstance(limit, bool) and 1 <= limit <= LIMIT_MAX:
         return limit
-    raise ConfigurationError(f"{name} must be a whole number of at least 1, got {limit!r}")
+    raise ConfigurationError(f"{name} must be a whole number of at least 1 and at most {LIMIT_MAX}, got {limit!r}")
+
+
+def _check_bucket(per_second: float, burst: int) -> None:
+    """Refuse what would be full again at a moment that no database knows."""
+    if burst > per_second * DELAY_SECONDS_MAX:
+        raise ConfigurationError(
+            f"at {per_second:g} jobs a second it would take more than {DELAY_SECONDS_MAX:.0f} seconds until "
+            f"{burst} may start at once (burst): make the rate larger, or the burst smaller"
+        )
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 # The decision ----------------------------------------------------------------------------------------------

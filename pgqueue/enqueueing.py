@@ -188,7 +188,8 @@ class Task(Generic[P, R]):
         """A job as an ORM object, to be stored with `session.add(…)`.
 
         It is inserted when the session flushes. A unique key that is taken fails that flush with an
-        IntegrityError: `enqueue` has the gentler ways. A task that is unique for a period has no such objects.
+        IntegrityError: `enqueue` has the gentler ways. A task that is unique for a period has no such objects, nor
+        has a queue with a `max_depth`.
         """
         if self.definition.unique is not None and self.definition.unique.period is not None:
             raise ConfigurationError(
@@ -198,6 +199,11 @@ class Task(Generic[P, R]):
             task, (changed,) = self._changed_by_middleware([self.definition.bind(args, payload)])
             return task.new(**changed)
         new_job = self._new_job(args, payload)
+        declared = self.pgq._queue_limits.get(new_job.queue)
+        if declared is not None and declared.max_depth is not None:
+            raise ConfigurationError(
+                f"queue {new_job.queue!r} has a max_depth, which session.add() cannot keep: use enqueue()"
+            )
         values: dict[str, Any] = {
             "task": new_job.task,
             "payload": decoded(new_job.payload_json),

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session, object_session
 from pgqueue import limits, store, uniqueness
 from pgqueue.actor import default_actor
 from pgqueue.admission import Limits
+from pgqueue.config import DEFAULT_QUEUE
 from pgqueue.database import Database
 from pgqueue.dialect import POSTGRESQL
 from pgqueue.engine import errors_explained
@@ -63,9 +64,9 @@ class Inserter(Database):
     @property
     def Job(self) -> type[_Job]:
         """`Job`, mapped to this database's table: for `select(pgq.Job)` in your own sessions."""
-        job_class = self.tables.job_class
-        _watch_inserts(job_class)  # type: ignore[arg-type]  # a class is hashable
-        return job_class
+        tables = self.tables
+        _watch_inserts(tables)
+        return tables.job_class
 
     def _insert(
         self,
@@ -78,21 +79,22 @@ class Inserter(Database):
     ) -> JobHandle:
         """Store a job in this transaction."""
         tables = self._tables_of(connection)
+        keys = None if job.unique_key is None else [job.unique_key]
         ordered = job.ordering_key is not None
-        if not self._prepare(connection, tables, job.queue, 1, ordered=ordered, may_block=may_block):
+        if not self._prepare(connection, tables, job, 1, keys, ordered=ordered, may_block=may_block):
             return JobHandle(DROPPED_ID, inserted=False, queue=self)
         with errors_explained(connection.engine.url):
             if job.unique_key is None or job.period_seconds is None:
                 result = store.insert_job(connection, tables, job, on_conflict=on_conflict, actor=default_actor())
             else:
-                keys = [[getattr(job, name) for name in store.LIMIT_KEYS]]
+                limit_keys = [[getattr(job, name) for name in store.LIMIT_KEYS]]
                 (result,) = uniqueness.insert_unique_jobs(
                     connection,
                     tables,
                     job,
                     [job.payload_json],
                     [job.unique_key],
-                    keys,
+                    limit_keys,
                     on_conflict=on_conflict,
                     actor=default_actor(),
                 )
@@ -120,7 +122,7 @@ class Inserter(Database):
         """Store a job for each payload in this transaction; their ids, or those of the jobs that have their keys."""
         tables = self._tables_of(connection)
         ordered = keys is not None and any(of_job.ordering_key is not None for of_job in keys)
-        if not self._prepare(connection, tables, template.queue, len(encoded), ordered=ordered):
+        if not self._prepare(connection, tables, template, len(encoded), unique_keys, ordered=ordered):
             return []
         with errors_explained(connection.engine.url):
             if unique_keys is None:
@@ -151,13 +153,15 @@ class Inserter(Database):
         self,
         connection: sa.Connection,
         tables: Tables,
-        queue: str,
+        job: NewJob,
         count: int,
+        unique_keys: Sequence[str] | None,
         *,
         ordered: bool,
         may_block: bool = True,
     ) -> bool:
-        """Before jobs are stored: whether there is room for them, and that their order will be kept."""
+        """Before jobs like `job` are stored: whether there is room for so many, and that their order will be kept."""
+        queue = job.queue
         if ordered:
             known = (str(connection.engine.url), tables.schema, queue)
             if known not in self._ordered_queues and limits.note_ordered(connection, tables, queue):
@@ -175,13 +179,17 @@ class Inserter(Database):
             depth = limits.depth(connection, tables, queue, at_most=kept.max_depth + 1)
             if depth + count <= kept.max_depth:
                 return True
+            new = count if unique_keys is None else uniqueness.count_free(connection, tables, job, unique_keys)
+            if new == 0 or depth + new <= kept.max_depth:
+                return True
             if kept.on_full == "drop" and may_block:
                 return False
             left = deadline - time.monotonic()
-            if kept.on_full != "block" or left <= 0 or count > kept.max_depth:
+            if kept.on_full != "block" or left <= 0 or new > kept.max_depth:
+                waited = kept.on_full == "block" and may_block and left <= 0
                 raise QueueFull(
-                    f"queue {queue!r} is full: {depth} jobs are pending, {count} more would be over its max_depth of "
-                    f"{kept.max_depth}" + (" (waited as long as block_timeout allows)" if left <= 0 else "")
+                    f"queue {queue!r} is full: {depth} jobs are pending, {new} more would be over its max_depth of "
+                    f"{kept.max_depth}" + (" (waited as long as block_timeout allows)" if waited else "")
                 )
             pause(connection, min(wait, left))
             wait = min(wait * 2, BLOCKED_SECONDS_MAX)
@@ -192,10 +200,16 @@ class Inserter(Database):
 
 
 @functools.cache
-def _watch_inserts(job_class: type[_Job]) -> None:
-    """Wake workers and tell listeners of jobs that are stored by `session.add`, as of those that are enqueued."""
+def _watch_inserts(tables: Tables) -> None:
+    """Of jobs that are stored by `session.add`, keep the order, wake workers and tell listeners, as of those that are
+    enqueued."""
 
-    @event.listens_for(job_class, "after_insert")
+    @event.listens_for(tables.job_class, "before_insert")
+    def inserting(mapper: Any, connection: sa.Connection, job: _Job) -> None:
+        if job.ordering_key is not None:
+            limits.note_ordered(connection, tables, job.queue or DEFAULT_QUEUE)
+
+    @event.listens_for(tables.job_class, "after_insert")
     def inserted(mapper: Any, connection: sa.Connection, job: _Job) -> None:
         wake = job.__dict__.get(WAKE_ATTRIBUTE)
         session = object_session(job)

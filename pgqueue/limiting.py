@@ -10,7 +10,8 @@ import sqlalchemy as sa
 
 from pgqueue import limits, retention
 from pgqueue.actor import who, why
-from pgqueue.admission import Limits
+from pgqueue.admission import Limits, Rate
+from pgqueue.arguments import duration_seconds
 from pgqueue.config import DEFAULT_QUEUE
 from pgqueue.errors import ConfigurationError
 from pgqueue.limits import LimitsRow, Scope
@@ -74,8 +75,9 @@ class Limiter(Registry):
     ) -> Limits:
         """Change limits of a queue or a task while workers run; what they are then.
 
-        changes: fields of `Limits`; None lifts one. What is changed here outlasts what the code declares, until
-        `reset_limits`.
+        changes: fields of `Limits`; None lifts one, and what is not named stays as it is. `rate` takes a `Rate`, or
+        jobs per second; `promote_after` takes seconds or a timedelta. What is changed here outlasts what the code
+        declares, until `reset_limits`.
         """
         return self._take(self._set_limits(queue, task, reason, actor, changes))
 
@@ -100,33 +102,40 @@ class Limiter(Registry):
         for field_name in changes:
             if field_name not in known:
                 raise ConfigurationError(f"limits are {', '.join(sorted(known))}; got {field_name!r}")
+        if not changes:
+            raise ConfigurationError(f"name at least one limit to change: {', '.join(sorted(known))}")
+        plain = _as_numbers(changes)
 
         def set_limits(connection: sa.Connection) -> Limits:
             before = limits.get_limits(connection, self.tables, scope, name, lock=True) or Limits()
-            wanted = replace(before, **changes)
+            wanted = replace(before, **_with_partners(before, plain))
             _check_scope(scope, name, wanted)
             limits.put_limits(connection, self.tables, scope, name, wanted, declared_by=by, reason=because)
             return wanted
 
         return change(set_limits, wakes=lambda _: [self._queue_of(scope, name)])
 
-    def reset_limits(self, *, queue: str | None = None, task: str | None = None, actor: str | None = None) -> Limits:
+    def reset_limits(
+        self, *, queue: str | None = None, task: str | None = None, reason: str | None = None, actor: str | None = None
+    ) -> Limits:
         """Give a queue or a task the limits back that this code declares for it; what they are then."""
-        return self._take(self._reset_limits(queue, task, actor))
+        return self._take(self._reset_limits(queue, task, reason, actor))
 
     async def reset_limits_async(
-        self, *, queue: str | None = None, task: str | None = None, actor: str | None = None
+        self, *, queue: str | None = None, task: str | None = None, reason: str | None = None, actor: str | None = None
     ) -> Limits:
         """As `reset_limits`, without blocking the event loop."""
-        return await self._take_async(self._reset_limits(queue, task, actor))
+        return await self._take_async(self._reset_limits(queue, task, reason, actor))
 
-    def _reset_limits(self, queue: str | None, task: str | None, actor: str | None) -> Steps[Limits]:
-        by = who(actor)
+    def _reset_limits(
+        self, queue: str | None, task: str | None, reason: str | None, actor: str | None
+    ) -> Steps[Limits]:
+        by, because = who(actor), why(reason)
         scope, name = _limits_of_what(queue, task)
         wanted = self.declared_limits.get((scope, name), Limits())
         yield from change(
             lambda connection: limits.put_limits(
-                connection, self.tables, scope, name, wanted, declared_by=limits.CODE, reason=by
+                connection, self.tables, scope, name, wanted, declared_by=limits.CODE, actor=by, reason=because
             ),
             wakes=lambda _: [self._queue_of(scope, name)],
         )
@@ -138,6 +147,33 @@ class Limiter(Registry):
             return name
         task = self.tasks.get(name)
         return task.definition.queue if task is not None else DEFAULT_QUEUE
+
+
+def _as_numbers(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes of limits as `Limits` has them."""
+    plain = dict(changes)
+    rate = plain.get("rate")
+    if isinstance(rate, Rate):
+        if rate.key is not None:
+            raise ConfigurationError(
+                "the key of a rate is declared with the task; give set_limits() a Rate without key"
+            )
+        if "burst" in plain:
+            raise ConfigurationError("give burst either in the Rate or beside a rate in jobs per second, not in both")
+        plain |= {"rate": rate.per_second, "burst": rate.burst}
+    if plain.get("promote_after") is not None:
+        plain["promote_after"] = duration_seconds("promote_after", plain["promote_after"])
+    return plain
+
+
+def _with_partners(before: Limits, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A rate has a burst and a depth something to be done beyond it: what is not named stays as it is, or is the
+    default; a limit that is lifted takes its partner along."""
+    wanted = dict(changes)
+    for limit, partner, default in (("rate", "burst", 1), ("max_depth", "on_full", "error")):
+        if limit in wanted and partner not in wanted:
+            wanted[partner] = None if wanted[limit] is None else getattr(before, partner) or default
+    return wanted
 
 
 def _limits_of_what(queue: str | None, task: str | None) -> tuple[Scope, str]:

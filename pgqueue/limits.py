@@ -102,11 +102,13 @@ def put_limits(
     wanted: Limits,
     *,
     declared_by: str,
+    actor: str | None = None,
     reason: str | None = None,
 ) -> bool:
     """Set the limits of a queue or a task from now on, for every worker; False when they were so already.
 
     Jobs that are running count from now on, too. What workers are claiming at this very moment may still pass.
+    actor: who does it; `declared_by` unless given.
     """
     limits = tables.limits
     before = get_limits(connection, tables, scope, name, lock=True) or Limits()
@@ -137,7 +139,7 @@ def put_limits(
                 "queue": name if scope == "queue" else "*",
                 "task": name if scope == "task" else None,
                 "event": EventType.LIMIT,
-                "actor": declared_by,
+                "actor": actor or declared_by,
                 "reason": f"{describe(wanted)}{f': {reason}' if reason else ''}",
             }
         ],

@@ -277,7 +277,7 @@ def _cell(value: Any, indent: int | None = None) -> str:
         case datetime():
             return value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")
         case float():
-            return f"{value:,.1f}"
+            return f"{value:,.1f}" if value == 0 or abs(value) >= 1 else f"{value:.3g}"
         case {"type": str(kind), "message": str(message), "traceback": str(trace)}:
             brief = printable(f"{kind}: {message}")
             return brief.split("\n")[0] if indent is None else "\n".join(filter(None, (brief, printable(trace))))

@@ -262,7 +262,7 @@ class Registry(Inserter):
             on_full=on_full if on_full is not None or max_depth is None else "error",
             promote_after=None if promote_after is None else duration_seconds("promote_after", promote_after),
         )
-        self._block_seconds[name] = duration_seconds("block_timeout", block_timeout)
+        self._block_seconds[name] = time_seconds("block_timeout", block_timeout)
 
     def get_task(self, name: str) -> Task[..., Any]:
         """The task of that name. Raises TaskNotFound, naming those there are."""

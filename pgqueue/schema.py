@@ -506,7 +506,7 @@ def _limits(metadata: sa.MetaData, prefix: str) -> sa.Table:
         sa.CheckConstraint(
             "concurrency >= 1 AND key_concurrency >= 1 AND rate > 0 AND burst >= 1 AND max_depth >= 1"
             " AND promote_after > 0 AND keep_dead >= 0 AND on_full IN ('error', 'block', 'drop')"
-            " AND (rate IS NULL) = (burst IS NULL)",
+            " AND (rate IS NULL) = (burst IS NULL) AND rate >= burst / 3162240000.0",
             name="values",
         ),
         comment="pgqueue: limits of queues and tasks; claims that need one take their row's lock",

@@ -213,6 +213,14 @@ def _holders(
     return found | {row.unique_key: row for row in connection.execute(_open_holders(tables), parameters)}
 
 
+def count_free(connection: sa.Connection, tables: Tables, template: NewJob, keys: Sequence[str]) -> int:
+    """How many of these unique keys nobody has."""
+    wanted = set(keys)
+    return len(
+        wanted - _holders(connection, tables, template.task, sorted(wanted), template.period_seconds is not None).keys()
+    )
+
+
 @cache
 def _open_holders(tables: Tables) -> sa.Select[Any]:
     jobs = tables.jobs

@@ -338,7 +338,7 @@ def _create_tables(schema: str | None, prefix: str) -> None:
         sa.CheckConstraint(
             "concurrency >= 1 AND key_concurrency >= 1 AND rate > 0 AND burst >= 1 AND max_depth >= 1"
             " AND promote_after > 0 AND keep_dead >= 0 AND on_full IN ('error', 'block', 'drop')"
-            " AND (rate IS NULL) = (burst IS NULL)",
+            " AND (rate IS NULL) = (burst IS NULL) AND rate >= burst / 3162240000.0",
             name=op.f(f"ck_{prefix}limits_values"),
         ),
         sa.PrimaryKeyConstraint("scope", "name", name=op.f(f"pk_{prefix}limits")),

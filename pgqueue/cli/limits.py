@@ -9,7 +9,7 @@ import typer
 
 from pgqueue.admission import Limits
 from pgqueue.cli.opening import actor, opened
-from pgqueue.cli.parameters import Reason, duration_option
+from pgqueue.cli.parameters import Reason
 from pgqueue.cli.program import Settings, app, command
 from pgqueue.config import parse_duration
 from pgqueue.errors import ConfigurationError
@@ -59,8 +59,12 @@ def set_limits(
         str | None, typer.Option("--on-full", metavar="error|block|drop", help="What an enqueue does then.")
     ] = None,
     promote_after: Annotated[
-        float | None,
-        duration_option("--promote-after", "Of a queue: after so long a due job goes before all others."),
+        str | None,
+        typer.Option(
+            "--promote-after",
+            metavar="DURATION|none",
+            help="Of a queue: after so long a due job goes before all others, e.g. 10m.",
+        ),
     ] = None,
     reason: Reason = None,
 ) -> None:
@@ -78,15 +82,12 @@ def set_limits(
             changes[name] = _number(name, text)
     if rate is not None:
         changes["rate"] = _rate(rate)
-        changes["burst"] = None if changes["rate"] is None else burst or 1
-    elif burst is not None:
+    if burst is not None:
         changes["burst"] = burst
-    if "max_depth" in changes:
-        changes["on_full"] = None if changes["max_depth"] is None else on_full or "error"
-    elif on_full is not None:
+    if on_full is not None:
         changes["on_full"] = on_full
     if promote_after is not None:
-        changes["promote_after"] = promote_after
+        changes["promote_after"] = _duration("--promote-after", promote_after)
     if not changes:
         raise typer.BadParameter("name at least one limit, such as --concurrency 4")
     scope, name = _whose(whose)
@@ -102,12 +103,15 @@ def set_limits(
 
 
 @command(limits, "reset")
-def reset_limits(settings: Settings, whose: Whose) -> None:
+def reset_limits(settings: Settings, whose: Whose, reason: Reason = None) -> None:
     """Give a queue or a task the limits back that the application declares (name it with --app)."""
     scope, name = _whose(whose)
     with opened(settings) as pgq:
         kept = pgq.reset_limits(
-            queue=name if scope == "queue" else None, task=name if scope == "task" else None, actor=actor()
+            queue=name if scope == "queue" else None,
+            task=name if scope == "task" else None,
+            reason=reason,
+            actor=actor(),
         )
     settings.printer().record({"whose": whose, **dataclasses.asdict(kept)})
 
@@ -126,6 +130,15 @@ def _number(name: str, text: str) -> int | None:
         return int(text)
     except ValueError:
         raise typer.BadParameter(f"--{name.replace('_', '-')}: expected a whole number or none, got {text!r}") from None
+
+
+def _duration(option: str, text: str) -> float | None:
+    if text == "none":
+        return None
+    try:
+        return parse_duration(text)
+    except ConfigurationError as error:
+        raise typer.BadParameter(f"{option}: {error}, or none") from None
 
 
 def _rate(text: str) -> float | None:

@@ -11,7 +11,8 @@ from limited import claim, put
 from sqlalchemy.ext.asyncio import create_async_engine
 from support import wait_for
 
-from pgqueue import PgQueue, QueueFull
+from pgqueue import ConfigurationError, PgQueue, QueueFull, Unique
+from pgqueue.admission import OnFull
 
 
 def count(pgq: PgQueue) -> int:
@@ -136,6 +137,60 @@ def test_the_depth_can_be_changed_while_producers_run(pgq: PgQueue) -> None:
     put(pgq, task, 4)
     with pytest.raises(QueueFull):
         put(pgq, task)
+
+
+@pytest.mark.parametrize("on_full", ["error", "block", "drop"])
+@pytest.mark.parametrize("period", [None, 60.0])
+def test_a_full_queue_still_knows_the_jobs_it_has(pgq: PgQueue, on_full: OnFull, period: float | None) -> None:
+    pgq.queue("default", max_depth=2, on_full=on_full, block_timeout=0.0)
+
+    @pgq.task(unique=Unique(by=("file",), period=period))
+    def resize(file: str, size: int = 1) -> None: ...
+
+    with pgq.begin() as connection:
+        first, second = resize.enqueue_many(connection, [{"file": "a"}, {"file": "b"}])
+
+    with pgq.begin() as connection:
+        again = resize.enqueue(connection, file="a")
+        replaced = resize.using(on_conflict="replace").enqueue(connection, file="a", size=2)
+        bulk = resize.enqueue_many(connection, [{"file": "b"}, {"file": "a"}, {"file": "b"}])
+
+    assert (again.id, again.inserted, replaced.id) == (first, False, first)
+    assert bulk == [second, first, second]
+    assert pgq.get_job(first).payload == {"file": "a", "size": 2}
+
+
+def test_a_depth_is_for_new_jobs_of_a_bulk_enqueue_and_not_for_those_that_are_there(pgq: PgQueue) -> None:
+    pgq.queue("default", max_depth=2)
+
+    @pgq.task(unique=Unique(by=("file",)))
+    def resize(file: str) -> None: ...
+
+    with pgq.begin() as connection:
+        held = resize.enqueue(connection, file="a")
+        bulk = resize.enqueue_many(connection, [{"file": "a"}, {"file": "b"}])
+        with pytest.raises(QueueFull, match=r"2 jobs are pending, 1 more"):
+            resize.enqueue_many(connection, [{"file": "a"}, {"file": "c"}])
+
+    assert bulk[0] == held.id
+    assert count(pgq) == 2
+
+
+def test_nothing_can_be_enqueued_to_a_queue_beyond_its_depth(pgq: PgQueue) -> None:
+    pgq.queue("default", max_depth=3)
+    task = pgq.external_task("work")
+    put(pgq, task, 3)
+    pgq.set_limits(queue="default", max_depth=1)
+
+    with pgq.begin() as connection:
+        assert task.enqueue_many(connection, []) == []
+
+
+def test_an_orm_object_for_a_queue_with_a_depth_is_refused(pgq: PgQueue) -> None:
+    pgq.queue("default", max_depth=3)
+
+    with pytest.raises(ConfigurationError, match=r"queue 'default' has a max_depth.*use enqueue\(\)"):
+        pgq.external_task("work").new(n=1)
 
 
 def test_many_producers_pass_the_depth_by_less_than_their_number(pg: PgQueue, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from jobs import expire, make_due
 from limited import claim, ids, put, waiting
+from sqlalchemy.orm import Session
 
 from pgqueue import PgQueue
 
@@ -106,6 +107,17 @@ def test_the_key_comes_from_the_payload(pgq: PgQueue) -> None:
 
     assert ids(claim(pgq)) == [jobs[0], jobs[2]]
     assert {job.id: job.ordering_key for job in pgq.list_jobs()}[one] == "y"
+
+
+def test_jobs_that_a_session_adds_as_objects_keep_their_order_too(pgq: PgQueue) -> None:
+    @pgq.task(ordered_by="document")
+    def index(document: str) -> None: ...
+
+    with Session(pgq.engine) as session, session.begin():
+        session.add_all([index.new(document="x"), index.new(document="x"), pgq.Job(task="index", ordering_key="x")])
+
+    assert len(claim(pgq)) == 1
+    assert claim(pgq) == []
 
 
 def test_a_leader_whose_row_is_locked_does_not_lose_those_behind_it(pg: PgQueue) -> None:

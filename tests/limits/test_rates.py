@@ -9,6 +9,7 @@ from limited import claim, ids, put, waiting
 from support import execute, wait_for
 
 from pgqueue import ConfigurationError, PgQueue, Rate
+from pgqueue.retry import DELAY_SECONDS_MAX
 
 
 def let_time_pass(pgq: PgQueue, seconds: float) -> None:
@@ -107,6 +108,17 @@ def test_a_worker_waits_for_the_next_token_and_no_longer(pgq: PgQueue) -> None:
         wait_for(lambda: len(started) == 5, "all to have run", timeout=30)
 
 
+def test_the_slowest_rate_there_is_holds_no_other_queue_up(pgq: PgQueue) -> None:
+    slow = pgq.external_task("slow", rate=Rate(1, per=DELAY_SECONDS_MAX))
+    put(pgq, slow, 3)
+    put(pgq, pgq.external_task("other"), 2)
+
+    claimed = [job.task for job in claim(pgq)]
+
+    assert sorted(claimed) == ["other", "other", "slow"]
+    assert claim(pgq) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -114,8 +126,13 @@ def test_a_worker_waits_for_the_next_token_and_no_longer(pgq: PgQueue) -> None:
         ({"count": float("nan")}, "count of Rate"),
         ({"count": "5"}, "count of Rate"),
         ({"count": 1, "per": "fortnight"}, "second, minute, hour, day"),
-        ({"count": 1, "per": timedelta(0)}, "longer than 0"),
-        ({"count": 1, "per": -1.0}, "longer than 0"),
+        ({"count": 10**400}, "count of Rate"),
+        ({"count": 1, "per": timedelta(0)}, "per of Rate must be more than 0"),
+        ({"count": 1, "per": -1.0}, "per of Rate must be more than 0"),
+        ({"count": 1, "per": 1e12}, "at most 3162240000 seconds"),
+        ({"count": 1, "per": 10**400}, "per of Rate must be"),
+        ({"count": 1e-9, "per": "day"}, "make the rate larger"),
+        ({"count": 1, "per": "day", "burst": 2**31 - 1}, "or the burst smaller"),
         ({"count": 1, "burst": 0}, "burst of Rate"),
     ],
 )

@@ -34,6 +34,21 @@ def test_what_is_not_named_stays_and_none_lifts(pgqueue: Command, pgq: PgQueue) 
     assert (kept["concurrency"], kept["rate"], kept["burst"]) == (4, None, None)
 
 
+def test_what_belongs_to_a_limit_stays_when_the_limit_changes(pgqueue: Command, pgq: PgQueue) -> None:
+    pgqueue("limits", "set", "queue:mail", "--max-depth", 5, "--on-full", "drop", "--rate", "1/minute", "--burst", 9)
+    pgqueue("limits", "set", "queue:mail", "--promote-after", "10m")
+
+    kept = pgqueue.json(
+        "limits", "set", "queue:mail", "--max-depth", 6, "--rate", "2/minute", "--promote-after", "none"
+    )
+
+    assert (kept["max_depth"], kept["on_full"], kept["burst"], kept["promote_after"]) == (6, "drop", 9, None)
+
+
+def test_a_slow_rate_is_not_shown_as_none_at_all(pgqueue: Command, pgq: PgQueue) -> None:
+    assert "0.0167" in pgqueue("limits", "set", "queue:mail", "--rate", "1/minute").stdout
+
+
 def test_a_change_is_on_record_with_its_reason(pgqueue: Command, pgq: PgQueue) -> None:
     pgqueue("limits", "set", "queue:mail", "--concurrency", 4, "--reason", "the provider asked")
 
@@ -56,6 +71,10 @@ def test_a_change_is_on_record_with_its_reason(pgqueue: Command, pgq: PgQueue) -
         (["queue:mail", "--rate", "-1/second"], "more than 0"),
         (["queue:mail", "--on-full", "drop"], "belong together"),
         (["queue:mail", "--key-concurrency", "2"], "is a limit of tasks"),
+        (["queue:mail", "--max-depth", "none", "--on-full", "drop"], "max_depth and on_full belong together"),
+        (["queue:mail", "--rate", "none", "--burst", "3"], "rate and burst belong together"),
+        (["queue:mail", "--rate", "1e-300/day"], "make the rate larger"),
+        (["queue:mail", "--promote-after", "soon"], "such as 30s, 5m, 1h30m or 7d, got 'soon', or none"),
     ],
 )
 def test_bad_arguments_are_usage_errors_that_say_what_was_expected(
