@@ -1,7 +1,7 @@
 """Runs pgqueue's migrations: from `pgqueue db …`, which brings a connection, or from `alembic` in a checkout.
 
 On PostgreSQL a revision is one transaction, with a lock_timeout. CREATE INDEX CONCURRENTLY belongs into an
-`autocommit_block()`; it has to wait for old transactions, so set lock_timeout to 0 before it and back after it.
+`autocommit_block()`, which has none: it has to wait for old transactions.
 On SQLite all revisions of an upgrade are one transaction, and there is no such block.
 """
 

@@ -5,7 +5,8 @@ Who upgrades needs CREATE on the database, or owns the schema. Who enqueues and 
     GRANT USAGE ON SCHEMA pgqueue TO worker;
     GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA pgqueue TO worker;
 
-An upgrade holds a lock of its session, so it wants a direct connection, not a pooler in transaction mode.
+An upgrade takes two connections, one of which only keeps other deployers out. Nothing of it belongs to a session, so a
+pooler in transaction mode does as well as a direct connection.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import exc
+from sqlalchemy import event, exc
 from sqlalchemy.dialects import postgresql
 
 from pgqueue.config import checked_schema
@@ -175,9 +176,11 @@ def exclusive(
 ) -> Iterator[sa.Connection]:
     """A connection on which no other deployer migrates this schema at the same time; commits at the end.
 
-    On PostgreSQL a session-level advisory lock, polled for: a deployer that waited inside pg_advisory_lock would
-    hold a snapshot, which a CREATE INDEX CONCURRENTLY of the other one waits for, and both would wait for ever.
-    On SQLite one transaction that holds the write lock from the start.
+    On PostgreSQL an advisory lock, held by a transaction on a connection of its own that does nothing else: revisions
+    are transactions themselves, and a lock of a session would be left behind in a pooler's. It is polled for: a
+    deployer that waited inside pg_advisory_xact_lock would hold a snapshot, which a CREATE INDEX CONCURRENTLY of the
+    other one waits for, and both would wait for ever. On SQLite one transaction that holds the write lock from the
+    start.
     """
     checked_schema(schema)
     postgresql = checked_dialect(engine.dialect.name) == POSTGRESQL
@@ -357,26 +360,48 @@ def _primary(error: exc.DBAPIError) -> str:
 
 @contextmanager
 def _locked_on_postgresql(engine: sa.Engine, schema: str, lock_timeout: float, wait: float) -> Iterator[sa.Connection]:
-    # An application's engine may have another level; migrations count on their transactions.
-    with engine.connect().execution_options(isolation_level="READ COMMITTED") as connection:
-        key = zlib.crc32(f"pgqueue migration of {schema}".encode())
-        deadline = time.monotonic() + wait
-        while not connection.scalar(sa.text("SELECT pg_try_advisory_lock(:key)"), {"key": key}):
+    with _only_deployer(engine, schema, wait) as lock, _connected(engine) as connection:
+
+        @event.listens_for(connection, "begin")
+        def begin(connection: sa.Connection) -> None:
+            lock.execute(sa.text("SELECT 1"))  # or another deployer may be at work
+            milliseconds = f"{int(lock_timeout * 1000)}ms"
+            connection.execute(sa.text("SELECT set_config('lock_timeout', :timeout, true)"), {"timeout": milliseconds})
+
+        yield connection
+        connection.commit()
+
+
+@contextmanager
+def _only_deployer(engine: sa.Engine, schema: str, wait: float) -> Iterator[sa.Connection]:
+    key = zlib.crc32(f"pgqueue migration of {schema}".encode())
+    deadline = time.monotonic() + wait
+    with _connected(engine) as connection:
+        while not connection.scalar(sa.text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": key}):
             connection.rollback()
             if time.monotonic() > deadline:
                 raise SchemaOutdated(
                     f"another process has been migrating schema {schema!r} for {wait:g} seconds; nothing was changed"
                 )
             time.sleep(_POLL_SECONDS)
-        milliseconds = f"{int(lock_timeout * 1000)}ms"
-        connection.execute(sa.text("SELECT set_config('lock_timeout', :timeout, false)"), {"timeout": milliseconds})
-        connection.commit()
+        connection.execute(_NO_TIMEOUTS)
         try:
             yield connection
-            connection.commit()
         finally:
-            # The session ends with its lock and its settings, whatever state the migration left it in.
-            connection.invalidate()
+            with suppress(exc.DBAPIError):  # that the lock was lost matters no more
+                connection.rollback()
+
+
+#: A transaction that only holds a lock is idle, for as long as the migration takes. Not all versions know all of them.
+_NO_TIMEOUTS = sa.text(
+    "SELECT set_config(name, '0', true) FROM pg_settings "
+    "WHERE name IN ('idle_in_transaction_session_timeout', 'transaction_timeout')"
+)
+
+
+def _connected(engine: sa.Engine) -> sa.Connection:
+    """An application's engine may have another level; migrations count on their transactions."""
+    return engine.connect().execution_options(isolation_level="READ COMMITTED")
 
 
 @contextmanager

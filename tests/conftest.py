@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import forks
+import pgbouncer
 import pgserver
 import pytest
 import sqlalchemy as sa
@@ -94,6 +95,14 @@ def empty_pg_url(pg_server: pgserver.Server) -> Iterator[str]:
     name = f"test_{next(_serial)}"
     yield pg_server.create_database(name)
     pg_server.drop_database(name)
+
+
+@pytest.fixture(scope="session")
+def bouncer(pg_server: pgserver.Server) -> Iterator[pgbouncer.Bouncer]:
+    """A PgBouncer in transaction mode before that server. The test is skipped where the program is not installed."""
+    started = pgbouncer.Bouncer(pg_server)
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="session")

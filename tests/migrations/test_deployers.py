@@ -11,15 +11,15 @@ import pytest
 import sqlalchemy as sa
 from catalog import snapshot
 from deployers import HEAD, NEXT, Deployers
+from pgbouncer import Bouncer
 from support import execute, rows, scalar, wait_for
 
-from pgqueue import PgQueue, SchemaOutdated, migration
+from pgqueue import DatabaseUnreachable, PgQueue, SchemaOutdated, migration
+from pgqueue.engine import make_engine
 
 CONCURRENT_INDEX = """
 with op.get_context().autocommit_block():
-    op.execute("SET lock_timeout = 0")
     op.execute("CREATE INDEX CONCURRENTLY jobs_task ON pgqueue.jobs (task)")
-    op.execute("SET lock_timeout = '5s'")
 """
 
 BLOCKED = """
@@ -62,6 +62,25 @@ def test_deployers_that_wait_do_not_deadlock_with_a_concurrent_index(
     assert (applied(deployers, HEAD), applied(deployers, NEXT)) == (1, 1)
     valid = "SELECT indisvalid FROM pg_index WHERE indexrelid = 'pgqueue.jobs_task'::regclass"
     assert scalar(empty_pg, valid) is True
+
+
+def test_of_deployers_behind_a_pooler_and_before_it_one_migrates_and_all_succeed(
+    empty_pg: sa.Engine,
+    empty_pg_url: str,
+    bouncer: Bouncer,
+    deployers: Deployers,
+    longer_history: Callable[[str], Path],
+) -> None:
+    longer_history(CONCURRENT_INDEX)
+    for _ in range(2):
+        deployers.start(bouncer.url(empty_pg_url))
+        deployers.start(empty_pg_url)
+
+    deployers.go()
+
+    for process in deployers.processes:
+        assert process.wait() == 0, process.output()
+    assert [applied(deployers, revision) for revision in ("pgqueue_0001", HEAD, NEXT)] == [1, 1, 1]
 
 
 def test_when_the_migrating_deployer_is_killed_the_next_one_goes_on(
@@ -120,6 +139,21 @@ def test_a_deployer_that_waited_too_long_for_another_says_so(empty_pg: sa.Engine
     assert not sa.inspect(empty_pg).has_schema("pgqueue")
 
 
+def test_a_deployer_whose_lock_was_lost_begins_no_further_revision(empty_pg: sa.Engine) -> None:
+    holders = "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND database = "
+    holders += "(SELECT oid FROM pg_database WHERE datname = current_database())"
+
+    def migrate() -> None:
+        with migration.exclusive(empty_pg, "pgqueue") as connection:
+            assert rows(empty_pg, holders) == [(True,)]
+            connection.execute(sa.text("CREATE TABLE half_done (n int)"))
+
+    with pytest.raises(DatabaseUnreachable, match="terminating connection"):
+        migrate()
+
+    assert not sa.inspect(empty_pg).has_table("half_done")
+
+
 def test_deployers_of_different_schemas_do_not_wait_for_each_other(empty_pg: sa.Engine) -> None:
     with migration.exclusive(empty_pg, "first"):
         migration.upgrade(empty_pg, "second", wait=0.1)
@@ -162,14 +196,26 @@ def test_a_migration_leaves_no_lock_and_no_setting_behind(empty_pg: sa.Engine) -
     migration.upgrade(empty_pg, "pgqueue")
 
     assert scalar(empty_pg, "SHOW lock_timeout") == "0"
-    assert (
-        rows(
-            empty_pg,
-            "SELECT * FROM pg_locks WHERE locktype = 'advisory' AND database = "
-            "(SELECT oid FROM pg_database WHERE datname = current_database())",
-        )
-        == []
-    )
+    assert rows(empty_pg, ADVISORY_LOCKS) == []
+
+
+def test_a_migration_through_a_pooler_leaves_nothing_in_the_sessions_of_others(
+    empty_pg: sa.Engine, empty_pg_url: str, bouncer: Bouncer
+) -> None:
+    through = make_engine(bouncer.url(empty_pg_url))
+
+    migration.upgrade(through, "pgqueue")
+
+    through.dispose()
+    assert rows(empty_pg, ADVISORY_LOCKS) == []
+    assert bouncer.left_behind(empty_pg_url) == []
+    migration.upgrade(empty_pg, "pgqueue", wait=0)
+
+
+ADVISORY_LOCKS = """
+    SELECT * FROM pg_locks WHERE locktype = 'advisory' AND database =
+    (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
 
 
 def test_a_failed_revision_leaves_the_tables_as_they_were(url: str, longer_history: Callable[[str], Path]) -> None:
