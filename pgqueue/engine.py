@@ -405,6 +405,11 @@ def explain(error: exc.DBAPIError, url: sa.URL) -> PgqueueError | None:
             f"database user {url.username!r} lacks a right in {where}: {message}. Working takes, from the owner: GRANT "
             "USAGE on the schema, and SELECT, INSERT, UPDATE, DELETE on its tables"
         )
+    if sqlstate in ("26000", "42P05"):
+        return ConfigurationError(
+            f"{where}: {message}. A pooler in transaction mode mixes up what its clients prepare; make the engine with "
+            'connect_args={"prepare_threshold": None}'
+        )
     if "invalid connection option" in message:
         return ConfigurationError(f"{where}: {message}")
     if "unable to open database file" in message:

@@ -54,7 +54,7 @@ class Outage:
             if first:
                 self._began = time.monotonic()
         if first:
-            logger.warning("the database cannot be used, trying again until it can: %s", self._explain(error))
+            logger.warning("the database cannot be used, trying again until it can: %s", self.explain(error))
 
     def overcome(self, loop: str) -> None:
         with self._lock:
@@ -63,7 +63,7 @@ class Outage:
         if over:
             logger.warning("the database can be used again, after %.1f s", time.monotonic() - self._began)
 
-    def _explain(self, error: Exception) -> object:
+    def explain(self, error: Exception) -> object:
         if not isinstance(error, sa.exc.DBAPIError):
             return f"{describe_url(self._url)}: {type(error).__name__}"
         return explain(error, self._url) or f"{describe_url(self._url)}: {first_line(error)}"
@@ -142,7 +142,7 @@ class DatabaseLoop(threading.Thread):
         elif not self._reported:
             self._reported = True
             if isinstance(error, sa.exc.DBAPIError):  # the rest of which may show a whole row, with its payload
-                logger.error("%s: failed, trying again until it works: %s", self.name, first_line(error))
+                logger.error("%s: failed, trying again until it works: %s", self.name, self._outage.explain(error))
             else:
                 logger.error("%s: failed, trying again until it works", self.name, exc_info=error)
 

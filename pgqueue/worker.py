@@ -17,12 +17,12 @@ import threading
 import time
 from collections.abc import Callable
 
-from pgqueue import migration, store
+from pgqueue import migration, pooler, store
 from pgqueue.assignment import Assignment
 from pgqueue.claiming import Claimer
 from pgqueue.client import PgQueue
 from pgqueue.config import WorkerConfig
-from pgqueue.engine import describe_url, is_in_memory
+from pgqueue.engine import describe_url, errors_explained, is_in_memory
 from pgqueue.errors import ConfigurationError
 from pgqueue.events import DELIVER_SECONDS
 from pgqueue.finishing import Finisher
@@ -97,6 +97,7 @@ class Worker:
         )
         self._scheduler: DatabaseLoop | None = None
         self._listener: WakeListener | None = None
+        self._sessions_mixed = False
         self._stop_requested = False
         self._abort_requested = False
         # What the running thread waits on. A SimpleQueue, because its put() is the one wake-up that a signal handler
@@ -123,7 +124,7 @@ class Worker:
             ", ".join(f"{name}={slots}" for name, slots in self.config.queues.items()),
             ", ".join(self._assignment.task_names),
         )
-        if self.config.listen and self._assignment.on_postgresql:
+        if self.config.listen and self._assignment.on_postgresql and not self._sessions_mixed:
             self._listener = WakeListener(self._assignment.engine, self.pgq.schema, self._woken)
         self._progress.open()
         for thread in (
@@ -203,7 +204,30 @@ class Worker:
             warning = migration.require_current(connection, self.pgq.schema)
         if warning:
             logger.warning("%s", warning)
+        self._look_for_pooler()
         self.pgq.declare_limits(self._assignment.task_names)
+
+    def _look_for_pooler(self) -> None:
+        engine = self._assignment.engine
+        with errors_explained(self.pgq.url):
+            self._sessions_mixed = pooler.mixes_sessions(engine)
+            prepares = self._sessions_mixed and pooler.prepares(engine)
+        where = describe_url(self.pgq.url)
+        if self._sessions_mixed and self.config.listen:
+            logger.warning(
+                "not listening for wake-ups: %s is a pooler that gives each transaction any of its sessions, in which "
+                "LISTEN is lost. Jobs are picked up by polling, every %g s. Say --no-listen (listen=False), or let "
+                "workers connect to PostgreSQL itself",
+                where,
+                self.config.poll_interval,
+            )
+        if prepares:
+            logger.warning(
+                "the engine prepares statements, and %s is a pooler that gives each transaction any of its sessions: "
+                "unless it follows prepared statements (PgBouncer since 1.21, with max_prepared_statements), they fail "
+                'or run in place of each other. Make the engine with connect_args={"prepare_threshold": None}',
+                where,
+            )
 
     def _shut_down(self) -> None:
         """Stop claiming, keep the leases alive, wait for running jobs, give back the rest, write it all down."""
