@@ -14,7 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 from command import Command, running
-from support import Process, execute, wait_for
+from pgbouncer import Bouncer
+from support import Process, execute, rows, wait_for
 from working import table
 
 from pgqueue import PgQueue
@@ -50,6 +51,24 @@ def test_a_job_goes_all_its_way_and_the_server_stops_on_sigterm(url: str, tmp_pa
     assert code == 0, process.output()
     assert "without tokens: for this machine only" in process.output()
     assert "completed job 1 (email)" in process.output()
+
+
+def test_the_server_works_behind_a_pooler(pg_url: str, bouncer: Bouncer, tmp_path: Path) -> None:
+    with serving("--any-type", cwd=tmp_path, url=bouncer.url(pg_url)) as (process, client):
+        for number in range(8):
+            client.post("/task", json={"type": "email", "payload": {"number": number}}).raise_for_status()
+        for _ in range(8):
+            job = client.get("/dequeue", params={"worker": "worker-1"}).json()
+            answer = client.post(f"/complete/{job['id']}", json={"token": job["token"], "result": None})
+            answer.raise_for_status()
+        process.signal(signal.SIGTERM)
+        code = process.wait()
+
+    pgq = PgQueue(pg_url)
+    assert code == 0, process.output()
+    assert rows(pgq.engine, "SELECT status, count(*) FROM pgqueue.jobs GROUP BY status") == [("completed", 8)]
+    assert bouncer.left_behind(pg_url) == []
+    pgq.dispose()
 
 
 def test_a_request_under_way_is_finished_before_the_server_ends(pg_url: str, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ import sqlalchemy as sa
 import typer.main
 from documents import PROJECT, Reader, Story, blocks, table_below
 from forks import Forks
+from pgbouncer import Bouncer
+from pgserver import Server
 from support import execute, rows, scalar, wait_for
 from working import working
 
@@ -42,7 +44,6 @@ DOCS = PROJECT / "docs"
 STORIES = {
     "migrations.md": ("postgresql", "sqlite"),
     "operating.md": ("postgresql",),
-    "pgbouncer.md": ("postgresql",),
     "sqlite.md": ("sqlite",),
     "transactions.md": ("postgresql", "sqlite"),
     "upgrading.md": ("postgresql",),
@@ -58,6 +59,7 @@ OWN_TESTS = {
     "http.md": "test_http_example.py",
     "limits.md": "test_docs_limits.py",
     "performance.md": "test_docs.py",
+    "pgbouncer.md": "test_docs.py",
     "results.md": "test_docs_results.py",
     "schedules.md": "test_docs_schedules.py",
     "seeds.md": "test_docs_seeds.py",
@@ -115,6 +117,25 @@ def reader_url(empty_pg_url: str) -> Iterator[str]:
 @pytest.mark.parametrize("page", [page for page, databases in STORIES.items() if "postgresql" in databases])
 def test_a_page_can_be_followed_on_postgresql(page: str, reader_url: str, tmp_path: Path, forks: Forks) -> None:
     Story(DOCS / page, Reader(folder_of(tmp_path), reader_url, forks), not_run=NOT_RUN).tell()
+
+
+def test_the_page_about_pgbouncer_can_be_followed_through_one_with_its_settings(
+    reader_url: str, pg_server: Server, tmp_path: Path, forks: Forks
+) -> None:
+    page = DOCS / "pgbouncer.md"
+    (block,) = (block for block in blocks(page) if block.language == "ini")
+    file = configparser.ConfigParser(interpolation=None)
+    file.read_string(block.text)
+    of_the_place = ("listen_port", "auth_type", "auth_file")
+    settings = {name: value for name, value in file["pgbouncer"].items() if name not in of_the_place}
+    bouncer = Bouncer(pg_server, **settings)
+
+    try:
+        Story(page, Reader(folder_of(tmp_path), bouncer.url(reader_url), forks)).tell()
+
+        assert bouncer.left_behind(reader_url) == []
+    finally:
+        bouncer.close()
 
 
 @pytest.mark.parametrize("page", [page for page, databases in STORIES.items() if "sqlite" in databases])
