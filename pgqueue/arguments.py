@@ -5,6 +5,7 @@ A check raises ConfigurationError or InvalidPayload, and what is named `checked_
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -37,6 +38,14 @@ def checked_tasks(tasks: Sequence[str]) -> list[str]:
     if isinstance(tasks, str) or not isinstance(tasks, Sequence) or not all(isinstance(name, str) for name in tasks):
         raise ConfigurationError(f"tasks must be a list of tasks' names, got {tasks!r}")
     return [checked_name("task", name) for name in tasks]
+
+
+def no_such(what: str, name: object, known: Iterable[str]) -> str:
+    """What is said of a name that is none of those there are."""
+    names = sorted(known)
+    near = difflib.get_close_matches(str(name), names, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"there is no {what} {name!r}{hint}; there are: {', '.join(names)}"
 
 
 def checked_text(name: str, value: object, *, is_optional: bool = True) -> None:

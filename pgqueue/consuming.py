@@ -265,6 +265,10 @@ def _nack_outcome(
     delay: float | timedelta | None, error: str | BaseException | None, dead: bool
 ) -> Callable[[ClaimedJob], Outcome]:
     seconds = None if delay is None else delay_seconds(delay)
+    if error is not None and not isinstance(error, str | BaseException):
+        raise ConfigurationError(f"error must be a string or an exception, got {type(error).__name__}")
+    if not isinstance(dead, bool):
+        raise ConfigurationError(f"dead must be True or False, got {dead!r}")
     if isinstance(error, BaseException):
         info = describe(error)
     else:
@@ -279,7 +283,7 @@ def _nack_outcome(
 
 
 def _as_list(jobs: ClaimedJob | Iterable[ClaimedJob]) -> list[ClaimedJob]:
-    chosen = [jobs] if isinstance(jobs, ClaimedJob) else list(jobs)
+    chosen: list[Any] = [jobs] if not isinstance(jobs, Iterable) else list(jobs)
     for job in chosen:
         if not isinstance(job, ClaimedJob):
             raise WrongSession(f"expected jobs as claim() returned them, got {type(job).__name__}")

@@ -12,6 +12,7 @@ PgqueueError
 ├── InvalidPayload              a payload that does not fit the task or cannot be stored (also a ValueError)
 ├── WrongSession                not a session or connection that can take the call (also a TypeError)
 ├── NotAwaited                  an asynchronous enqueue was never awaited
+├── QueueFull                   the queue has as many pending jobs as it may have
 ├── DuplicateJob                the unique key belongs to a job that is not finished
 ├── IllegalTransition           the job's status does not allow what was asked
 ├── ProcessDied                 the process of an isolated task ended before the task did

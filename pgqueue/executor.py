@@ -27,11 +27,17 @@ _current: contextvars.ContextVar[ClaimedJob] = contextvars.ContextVar("pgqueue_c
 
 
 def current_job() -> ClaimedJob:
-    """The job that this thread or coroutine is running. RuntimeError outside of a task."""
+    """The job that this thread or coroutine is running. RuntimeError outside of a task.
+
+    A thread that a task starts knows it when it runs in the task's context: `contextvars.copy_context().run(function)`.
+    """
     try:
         return _current.get()
     except LookupError:
-        raise RuntimeError("current_job() was called outside of a running task") from None
+        raise RuntimeError(
+            "current_job() was called outside of a running task; in a thread that a task has started, run the function "
+            "in the task's context, with contextvars.copy_context().run"
+        ) from None
 
 
 def execute(task: TaskDefinition, job: ClaimedJob, *leading: Any) -> Outcome:

@@ -13,11 +13,11 @@ from typing import Any
 import sqlalchemy as sa
 
 from pgqueue import operations, results
+from pgqueue.arguments import duration_seconds
 from pgqueue.database import Database
 from pgqueue.errors import ConfigurationError, JobCancelled, JobFailed, JobNotFound, PgqueueError, ResultTimeout
 from pgqueue.job import Job, JobStatus
 from pgqueue.results import Standing
-from pgqueue.retry import as_seconds
 from pgqueue.steps import Steps, look
 
 #: The first wait between two looks at a job, what each one grows by, and the longest.
@@ -169,6 +169,10 @@ class Waiting:
         missing_seconds: float = MISSING_SECONDS,
         return_errors: bool = False,
     ) -> None:
+        if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+            raise ConfigurationError(
+                f"expected several jobs, as enqueues returned them, or ids, got {type(ids).__name__}"
+            )
         self._order = [_checked_id(job_id) for job_id in ids]
         self.ids: Sequence[int] = list(dict.fromkeys(self._order))  #: of the jobs that have not ended yet
         self._timeout = _checked_timeout(timeout)
@@ -246,7 +250,7 @@ def _checked_timeout(timeout: object) -> float | None:
     if timeout is None:
         return None
     if isinstance(timeout, int | float | timedelta) and not isinstance(timeout, bool):
-        seconds = as_seconds(timeout)
+        seconds = duration_seconds("timeout", timeout)
         if seconds >= 0:
             return seconds
     raise ConfigurationError(f"timeout must be 0 seconds or more, a timedelta or None, got {timeout!r}")

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from pgqueue import operations
-from pgqueue.arguments import checked_limit, checked_moment, checked_text
+from pgqueue.arguments import checked_id, checked_limit, checked_moment, checked_text
 from pgqueue.errors import ConfigurationError
 from pgqueue.handle import JobHandle, Waiting, wait, wait_async
 from pgqueue.job import Job, JobStatus
@@ -33,6 +33,7 @@ class Inspector(Registry):
         return await self._take_async(self._get_job(job_id))
 
     def _get_job(self, job_id: int) -> Steps[Job]:
+        checked_id(job_id)
         return look(lambda connection: operations.get_job(connection, self.tables, job_id))
 
     def job_events(self, job_id: int) -> list[dict[str, Any]]:
@@ -44,6 +45,7 @@ class Inspector(Registry):
         return await self._take_async(self._job_events(job_id))
 
     def _job_events(self, job_id: int) -> Steps[list[dict[str, Any]]]:
+        checked_id(job_id)
         return look(lambda connection: operations.list_events(connection, self.tables, job_id))
 
     # Jobs
@@ -276,6 +278,9 @@ def job_filter(
         for key, value in tags.items():
             checked_text("a key of tags", key, is_optional=False)
             checked_text(f"the tag {key!r}", value, is_optional=False)
-    return JobFilter(
-        status, queue, task, error_type, checked_moment("since", since), checked_moment("until", until), tags
-    )
+    after, before = checked_moment("since", since), checked_moment("until", until)
+    if (isinstance(after, datetime) and isinstance(before, datetime) and after >= before) or (
+        isinstance(after, float) and isinstance(before, float) and after <= before
+    ):
+        raise ConfigurationError(f"since must be earlier than until, or no job fits; got since {since}, until {until}")
+    return JobFilter(status, queue, task, error_type, after, before, tags)

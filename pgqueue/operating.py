@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from pgqueue import operations
 from pgqueue.actor import who, why
-from pgqueue.arguments import duration_seconds
+from pgqueue.arguments import checked_id, duration_seconds
 from pgqueue.errors import ConfigurationError
 from pgqueue.events import EventName, event_of_stored
 from pgqueue.job import FINAL_STATUSES, Job, JobStatus
@@ -46,6 +46,7 @@ class Operator(Registry):
 
     def _cancel(self, job_id: int, force: bool, reason: str | None, actor: str | None) -> Steps[JobStatus]:
         by, because = who(actor), why(reason)
+        checked_id(job_id)
 
         def cancel(connection: sa.Connection) -> tuple[JobStatus, list[Job]]:
             status = operations.cancel_job(connection, self.tables, job_id, actor=by, reason=because, force=force)
@@ -68,6 +69,7 @@ class Operator(Registry):
 
     def _delete(self, job_id: int, reason: str | None, actor: str | None) -> Steps[None]:
         by, because = who(actor), why(reason)
+        checked_id(job_id)
         return change(
             lambda connection: operations.delete_job(connection, self.tables, job_id, actor=by, reason=because)
         )
@@ -159,6 +161,8 @@ class Operator(Registry):
             raise ConfigurationError(
                 f"older_than must be between 0 and {DELAY_SECONDS_MAX:.0f} seconds, got {older_than!r}"
             )
+        if isinstance(statuses, str):
+            raise ConfigurationError(f"statuses must be several, such as ['dead'], got {statuses!r}")
         if not statuses:
             raise ConfigurationError(f"name at least one status whose jobs can be pruned: {', '.join(FINAL_STATUSES)}")
         for status in statuses:

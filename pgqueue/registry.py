@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import fields
 from datetime import timedelta
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, overload
 
@@ -11,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgqueue.admission import Limits, OnFull, PerKey, Rate
-from pgqueue.arguments import duration_seconds, expiry_seconds, require_mapping, time_seconds
+from pgqueue.arguments import duration_seconds, expiry_seconds, no_such, require_mapping, time_seconds
 from pgqueue.config import DEFAULT_QUEUE
 from pgqueue.cron import NewSchedule
 from pgqueue.enqueueing import Task
@@ -21,7 +22,7 @@ from pgqueue.handle import JobHandle
 from pgqueue.inserting import Inserter
 from pgqueue.limits import Scope
 from pgqueue.middleware import RunMiddleware, enqueue_middleware, run_middleware
-from pgqueue.retry import Retry, as_seconds
+from pgqueue.retry import Retry
 from pgqueue.scheduled import new_schedule
 from pgqueue.task import TaskDefinition, checked_name
 from pgqueue.transaction import AsyncTransaction, SyncTransaction
@@ -31,6 +32,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 L = TypeVar("L", bound=Listener)
 M = TypeVar("M", bound=Callable[..., Any])
+
+
+#: What `task` takes.
+_TASK_OPTIONS = frozenset(option.name for option in fields(TaskDefinition) if option.init) - {"function"}
 
 
 class Registry(Inserter):
@@ -130,11 +135,17 @@ class Registry(Inserter):
             raise ConfigurationError(
                 f"{function.name!r} is a task already; put @pgq.task directly above the function, @pgq.cron above that"
             )
+        if not callable(function):
+            raise ConfigurationError(
+                f"a task is a function, got {type(function).__name__}; its name is given with @pgq.task(name=…)"
+            )
+        for option in options.keys() - _TASK_OPTIONS:
+            raise ConfigurationError(no_such("option of a task", option, _TASK_OPTIONS))
         definition = TaskDefinition(
             name=name if name is not None else getattr(function, "__name__", ""),
             function=function,
             retry=retry if retry is not None else Retry(),
-            timeout=None if timeout is None else as_seconds(timeout),
+            timeout=None if timeout is None else time_seconds("timeout", timeout),
             expires_in=None if expires_in is None else expiry_seconds(expires_in),
             keep_completed=None if keep_completed is None else time_seconds("keep_completed", keep_completed),
             keep_dead=None if keep_dead is None else time_seconds("keep_dead", keep_dead),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import math
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterable
@@ -43,7 +43,7 @@ def report(job: ClaimedJob, done: Any, total: Any, note: Any) -> None:
     for name, number in (("done", done), ("total", total)):
         if number is None and name == "total":
             continue
-        if not isinstance(number, int | float) or isinstance(number, bool) or not math.isfinite(number):
+        if not isinstance(number, int | float) or isinstance(number, bool) or not abs(number) <= sys.float_info.max:
             raise ConfigurationError(f"{name} of progress() must be a finite number, got {number!r}")
     if note is not None and not isinstance(note, str):
         raise ConfigurationError(f"note of progress() must be a string, got {type(note).__name__}")

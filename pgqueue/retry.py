@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 #: The longest wait, a hundred years: a moment after the year 9999 could be stored, but not be read again.
 DELAY_SECONDS_MAX = 100 * 366 * 86_400.0
 
+#: The longest backoff where a policy names none.
+CAP_SECONDS = 300.0
+
 
 @dataclass(frozen=True, slots=True)
 class Retry:
@@ -45,6 +48,8 @@ class Retry:
     * ``"linear"``: ``base * n``
     * ``"constant"``: ``base``
     * a callable: what it returns for n; `cap` when it fails or returns no number
+
+    `base` and `cap` may be timedeltas. Without a `cap` it is 300 seconds, or `base` where that is longer.
 
     With `jitter` the wait is drawn evenly from the upper half of that ("equal jitter" of M. Brooker,
     "Exponential Backoff And Jitter", AWS Architecture Blog, 2015): retries of many jobs spread out, and none
@@ -58,8 +63,8 @@ class Retry:
 
     max_retries: int = 3  #: retries after the first attempt; 0: a failed attempt makes the job dead
     backoff: Backoff | Callable[[int], float | timedelta] = "exponential"
-    base: float = 2.0
-    cap: float = 300.0
+    base: float | timedelta = 2.0
+    cap: float | timedelta | None = None
     jitter: bool = True
     retry_on: type[BaseException] | Iterable[type[BaseException]] | None = None  #: None: all
     discard_on: type[BaseException] | Iterable[type[BaseException]] = ()
@@ -72,12 +77,11 @@ class Retry:
                 "backoff must be 'exponential', 'linear', 'constant' or a function from the retry's number "
                 f"to seconds, got {self.backoff!r}"
             )
-        for name in ("base", "cap"):
-            seconds = getattr(self, name)
-            if not isinstance(seconds, int | float) or not 0 <= seconds <= DELAY_SECONDS_MAX:
-                raise ConfigurationError(
-                    f"{name} must be a number of seconds between 0 and {DELAY_SECONDS_MAX:.0f}, got {seconds!r}"
-                )
+        object.__setattr__(self, "base", _checked_wait("base", self.base))
+        cap = max(CAP_SECONDS, as_seconds(self.base)) if self.cap is None else _checked_wait("cap", self.cap)
+        object.__setattr__(self, "cap", cap)
+        if not isinstance(self.jitter, bool):
+            raise ConfigurationError(f"jitter must be True or False, got {self.jitter!r}")
         if self.retry_on is not None:
             object.__setattr__(self, "retry_on", _checked_errors("retry_on", self.retry_on))
             if not self.retry_on:
@@ -88,8 +92,10 @@ class Retry:
 
     def delay(self, retry: int, random: float) -> float:
         """Seconds to wait before the `retry`-th retry (from 1); `random` in [0, 1) decides the jitter."""
+        assert isinstance(self.base, float)
+        assert isinstance(self.cap, float)
         if callable(self.backoff):
-            wait = self._call(self.backoff, retry)
+            wait = self._call(self.backoff, retry, self.cap)
         elif self.backoff == "exponential":
             try:
                 wait = math.ldexp(self.base, retry - 1)
@@ -127,14 +133,23 @@ class Retry:
                         f"{error.__name__} is in both {chosen[error]} and {name}; which of the two is meant?"
                     )
 
-    def _call(self, backoff: Callable[[int], float | timedelta], retry: int) -> float:
+    def _call(self, backoff: Callable[[int], float | timedelta], retry: int, cap: float) -> float:
         """What the application's function says. Its mistakes must not keep a failure from being recorded."""
         try:
             wait = as_seconds(backoff(retry))
         except Exception:
-            logger.exception("the backoff function %r failed; the retry waits its cap, %g s", backoff, self.cap)
-            return self.cap
-        return self.cap if math.isnan(wait) else wait
+            logger.exception("the backoff function %r failed; the retry waits its cap, %g s", backoff, cap)
+            return cap
+        return cap if math.isnan(wait) else wait
+
+
+def _checked_wait(name: str, wait: object) -> float:
+    seconds = as_seconds(wait) if isinstance(wait, timedelta) else wait
+    if isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 <= seconds <= DELAY_SECONDS_MAX:
+        return float(seconds)
+    raise ConfigurationError(
+        f"{name} must be a number of seconds between 0 and {DELAY_SECONDS_MAX:.0f}, or a timedelta, got {wait!r}"
+    )
 
 
 def _checked_errors(name: str, errors: object) -> tuple[type[BaseException], ...]:

@@ -83,6 +83,14 @@ class TaskDefinition:
         checked_name("task", self.name)
         checked_name("queue", self.queue)
         checked_priority(self.priority)
+        if not isinstance(self.retry, Retry):
+            raise ConfigurationError(
+                f"retry of task {self.name!r} must be a Retry(…), such as Retry(max_retries=5), got {self.retry!r}"
+            )
+        if not isinstance(self.transactional, bool):
+            raise ConfigurationError(
+                f"transactional of task {self.name!r} must be True or False, got {self.transactional!r}"
+            )
         is_async = inspect.iscoroutinefunction(self.function)
         if self.timeout is not None and not self.timeout > 0:
             raise ConfigurationError(f"timeout of task {self.name!r} must be more than 0 seconds, got {self.timeout!r}")
@@ -113,7 +121,8 @@ class TaskDefinition:
             raise ConfigurationError(
                 f'memory_limit of task {self.name!r} needs isolation="process": a limit is one of a whole process'
             )
-        if not isinstance(self.memory_limit, int) or isinstance(self.memory_limit, bool) or self.memory_limit < 1:
+        is_whole = isinstance(self.memory_limit, int) and not isinstance(self.memory_limit, bool)
+        if not is_whole or not 1 <= self.memory_limit < 2**63:
             raise ConfigurationError(
                 f"memory_limit of task {self.name!r} must be a whole number of bytes, such as 512 * 1024 * 1024, "
                 f"got {self.memory_limit!r}"

@@ -928,7 +928,11 @@ DECLARE
     full_at integer;
     when_full text;
     depth bigint;
+    wrong text := {_wrong_argument()};
 BEGIN
+    IF wrong IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = 'pgqueue: ' || wrong;
+    END IF;
     IF enqueue.on_conflict IS NULL OR enqueue.on_conflict NOT IN ('skip', 'raise', 'replace') THEN
         RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
             MESSAGE = 'pgqueue: on_conflict must be skip, raise or replace, got '
@@ -941,6 +945,10 @@ BEGIN
     IF enqueue.expires_in IS NOT NULL AND enqueue.expires_at IS NOT NULL THEN
         RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
             MESSAGE = 'pgqueue: give either expires_in or expires_at, not both';
+    END IF;
+    IF expiry > '9000-01-01 00:00+00' THEN
+        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'pgqueue: the job would expire after the year 9000';
     END IF;
     IF expiry <= enqueue.run_at THEN
         RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
@@ -963,6 +971,18 @@ BEGIN
            (SELECT j.id FROM {jobs} AS j
              WHERE j.queue = enqueue.queue AND j.status = 'pending' AND j.waits_for IS NOT NULL LIMIT full_at)
         ) AS pending;
+        IF depth >= full_at AND enqueue.unique_key IS NOT NULL AND (
+            EXISTS (SELECT FROM {jobs} AS j
+                     WHERE j.task = enqueue.task AND j.unique_key = enqueue.unique_key
+                       AND j.status IN ('pending', 'running'))
+            OR enqueue.unique_for IS NOT NULL
+               AND EXISTS (SELECT FROM {periods} AS p
+                             LEFT JOIN {jobs} AS h ON h.id = p.job_id
+                            WHERE p.task = enqueue.task AND p.unique_key = enqueue.unique_key AND p.until > now()
+                              AND coalesce(h.status, '') NOT IN ('dead', 'cancelled'))
+        ) THEN
+            depth := 0; -- nothing new is stored
+        END IF;
         IF depth >= full_at AND when_full = 'drop' THEN
             RETURN NULL;
         ELSIF depth >= full_at THEN
@@ -1051,6 +1071,36 @@ $function$
         "of the task has, or one enqueued less than unique_for ago, on_conflict decides: skip returns the id of that "
         "job, raise fails, replace gives it this payload. NULL: the queue is full and drops jobs'"
     )
+
+
+def _wrong_argument() -> str:
+    """An expression: what is wrong with the arguments, in the words of an enqueue from Python; NULL: nothing."""
+    name_rule = "~ '^[A-Za-z0-9_][A-Za-z0-9_.:-]{0,127}$'"
+    a_name = "name must be 1 to 128 letters, digits or any of _ . : - and not start with a sign"
+    moment_rule = "BETWEEN '1970-01-01 00:00+00' AND '9000-01-01 00:00+00'"
+    a_moment = "must lie between the years 1970 and 9000"
+    an_object = "must be a JSON object"
+    a_key = "must have 1 to 512 characters"
+    rules = [  # argument, what is looked at, the rule, its words, and whether the argument may be NULL
+        ("task", "task", name_rule, a_name, False),
+        ("queue", "queue", name_rule, a_name, False),
+        ("payload", "jsonb_typeof(payload)", "= 'object'", an_object, False),
+        ("metadata", "jsonb_typeof(metadata)", "= 'object'", an_object, False),
+        ("priority", "priority", "BETWEEN -32768 AND 32767", "must be between -32768 and 32767", False),
+        ("max_retries", "max_retries", "BETWEEN 0 AND 32767", "must be between 0 and 32767", False),
+        ("run_at", "run_at", moment_rule, a_moment, False),
+        ("expires_at", "expires_at", moment_rule, a_moment, True),
+        ("unique_key", "length(unique_key)", "BETWEEN 1 AND 512", a_key, True),
+        ("concurrency_key", "length(concurrency_key)", "BETWEEN 1 AND 512", a_key, True),
+        ("ordering_key", "length(ordering_key)", "BETWEEN 1 AND 512", a_key, True),
+        ("rate_key", "length(rate_key)", "BETWEEN 1 AND 512", a_key, True),
+    ]
+    cases = [
+        f"WHEN ({seen} {rule}) IS {'FALSE' if may_be_null else 'NOT TRUE'} "
+        f"THEN '{name} {words}, got ' || coalesce(CAST({seen} AS text), 'NULL')"
+        for name, seen, rule, words, may_be_null in rules
+    ]
+    return "CASE " + "\n        ".join(cases) + " END"
 
 
 def _create_enqueue_as_before(schema: str) -> None:

@@ -18,6 +18,7 @@ from pgqueue.cli.parameters import duration_option, moment
 from pgqueue.cli.program import Settings, app, command
 from pgqueue.client import PgQueue, Task
 from pgqueue.errors import ConfigurationError, InvalidPayload
+from pgqueue.handle import DROPPED_ID
 from pgqueue.job import OnConflict
 from pgqueue.output import Output
 
@@ -44,6 +45,17 @@ def enqueue(
     ] = None,
     expires_in: Annotated[
         float | None, duration_option("--expires-in", "Not started later than so long after it is due, e.g. 10m.")
+    ] = None,
+    concurrency_key: Annotated[
+        str | None,
+        typer.Option("--concurrency-key", metavar="KEY", help="Shares the task's limit per key with others of it."),
+    ] = None,
+    ordering_key: Annotated[
+        str | None,
+        typer.Option("--ordering-key", metavar="KEY", help="Runs after the jobs of its queue with the same one."),
+    ] = None,
+    rate_key: Annotated[
+        str | None, typer.Option("--rate-key", metavar="KEY", help="Shares the task's rate with others of it.")
     ] = None,
     unique_key: Annotated[
         str | None,
@@ -83,6 +95,9 @@ def enqueue(
             unique_key=unique_key,
             on_conflict=on_conflict,
             max_retries=max_retries,
+            concurrency_key=concurrency_key,
+            ordering_key=ordering_key,
+            rate_key=rate_key,
         )
         if lines:
             _enqueue_lines(pgq, chosen, payload, output)
@@ -91,20 +106,27 @@ def enqueue(
             content = parse_payload(b"".join(file), "the payload")
         with pgq.begin() as connection:
             result = chosen.enqueue(connection, **content)
-    if not result.inserted:
+    if result.id == DROPPED_ID:
+        output.note(
+            f"nothing was enqueued: queue {chosen._template.queue!r} is full, and drops jobs then (on_full is drop)"
+        )
+    elif not result.inserted:
         how = "took the new payload" if chosen._on_conflict is OnConflict.REPLACE else "nothing was enqueued"
         output.note(f"job {result.id} already has this unique key: {how}")
     output.record({"id": result.id, "inserted": result.inserted}, value="id")
 
 
 def _enqueue_lines(pgq: PgQueue, task: Task[..., Any], source: str, output: Output) -> None:
-    count = 0
+    count = dropped = 0
     with payload_file(source) as file, pgq.begin() as connection, output.progress("enqueued") as advance:
         payloads = (parse_payload(line, f"line {number}") for number, line in enumerate(file, start=1) if line.strip())
         while batch := list(islice(payloads, LINES_PER_BATCH)):
-            task.enqueue_many(connection, batch)
-            count += len(batch)
-            advance(len(batch))
+            stored = len(task.enqueue_many(connection, batch))
+            count += stored
+            dropped += len(batch) - stored
+            advance(stored)
+    if dropped:
+        output.note(f"{dropped} were not enqueued: queue {task._template.queue!r} is full, and drops jobs then")
     output.record({"enqueued": count}, value="enqueued")
 
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgqueue import ConfigurationError, InvalidPayload, InvalidTask
+from pgqueue import ConfigurationError, InvalidPayload, InvalidTask, Retry
 from pgqueue.task import PAYLOAD_BYTES_MAX, TaskDefinition, checked_name
 
 
@@ -256,6 +256,9 @@ def test_a_type_that_json_cannot_carry_is_refused_when_the_task_is_made() -> Non
         ({"priority": 40000}, "priority must be a whole number between -32768 and 32767, got 40000"),
         ({"priority": True}, "priority must be a whole number"),
         ({"queue": "a;b"}, "queue name must be 1 to 128 letters"),
+        ({"retry": 5}, "retry of task 't' must be a Retry(…), such as Retry(max_retries=5), got 5"),
+        ({"retry": Retry}, "retry of task 't' must be a Retry(…)"),
+        ({"transactional": "no"}, "transactional of task 't' must be True or False, got 'no'"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any], problem: str) -> None:

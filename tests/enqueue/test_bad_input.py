@@ -210,6 +210,36 @@ def test_a_queue_or_task_name_that_a_task_cannot_have(sqlite_url: str) -> None:
     assert queues.tasks == {}
 
 
+BAD_TASK_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"timeuot": 5}, "there is no option of a task 'timeuot' (did you mean 'timeout'?); there are: concurrency, "),
+    ({"retries": 5}, "there is no option of a task 'retries'"),
+    ({"timeout": "5"}, "timeout must be seconds or a timedelta, got str"),
+    ({"timeout": True}, "timeout must be seconds or a timedelta, got bool"),
+    ({"timeout": math.inf}, "timeout must be between 0 and"),
+    ({"timeout": math.nan}, "timeout must be between 0 and"),
+    ({"timeout": 10**400}, "timeout must be between 0 and"),
+    ({"timeout": 0}, "timeout of task 'work' must be more than 0"),
+    ({"expires_in": 0}, "expires_in must be more than 0"),
+    ({"keep_dead": -1}, "keep_dead must be between 0 and"),
+    ({"isolation": "process", "memory_limit": 10**400}, "memory_limit of task 'work' must be a whole number of bytes"),
+]
+
+
+def test_an_option_that_a_task_cannot_have(sqlite_url: str) -> None:
+    queues = PgQueue(sqlite_url)
+
+    def work() -> None: ...
+
+    for options, words in BAD_TASK_OPTIONS:
+        with pytest.raises(ConfigurationError) as caught:
+            queues.task(**options)(work)
+        assert words in str(caught.value)
+    with pytest.raises(ConfigurationError, match=r"a task is a function, got str; its name is given with .*name="):
+        queues.task("work")  # type: ignore[call-overload]  # under test
+
+    assert queues.tasks == {}
+
+
 def test_a_schema_name_that_would_need_quotes(sqlite_url: str) -> None:
     name: Any
     for name in [*HOSTILE_NAMES, 7, b"a", "Upper", "1a", "a-b", "a.b", "pg_mine", "a" * 49]:

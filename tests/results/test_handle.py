@@ -410,6 +410,17 @@ def test_a_timeout_must_be_a_time(pgq: PgQueue, timeout: Any) -> None:
         pgq.result(1, timeout=timeout)
 
 
+def test_the_longest_timeout_is_no_error(pgq: PgQueue) -> None:
+    with pytest.raises(JobNotFound):
+        pgq.result(1, timeout=10**400)
+
+
+@pytest.mark.parametrize("ids", [None, 5, "12"])
+def test_several_results_need_several_ids(pgq: PgQueue, ids: Any) -> None:
+    with pytest.raises(ConfigurationError, match="expected several jobs"):
+        pgq.results(ids)
+
+
 @pytest.mark.parametrize("job_id", [0, -1, 2**63, "5", True, None, 1.0])
 def test_an_id_must_be_one(pgq: PgQueue, job_id: Any) -> None:
     with pytest.raises(ConfigurationError, match="expected the id of a job"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from typing import Any
 
@@ -204,8 +205,21 @@ def test_a_report_is_kept_until_it_is_written_or_given_up(pgq: PgQueue) -> None:
 
 
 def test_progress_outside_of_a_task_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="outside of a running task"):
+    with pytest.raises(RuntimeError, match=r"outside of a running task.*contextvars.copy_context\(\).run"):
         progress(1)
+
+
+def test_a_thread_that_runs_in_the_tasks_context_reports_for_it(pgq: PgQueue) -> None:
+    @pgq.task
+    def work() -> None:
+        helper = threading.Thread(target=contextvars.copy_context().run, args=(progress, 3))
+        helper.start()
+        helper.join()
+
+    job_id = enqueue(work)
+    drain(pgq)
+
+    assert shown(pgq, job_id) == {"done": 3, "total": None, "note": None}
 
 
 @pytest.mark.parametrize(
@@ -214,6 +228,7 @@ def test_progress_outside_of_a_task_is_an_error() -> None:
         (("1",), "done of progress"),
         ((float("nan"),), "done of progress"),
         ((True,), "done of progress"),
+        ((10**400,), "done of progress"),
         ((None,), "done of progress"),
         ((1, float("inf")), "total of progress"),
         ((1, 2, 3), "note of progress"),

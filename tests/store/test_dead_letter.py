@@ -441,6 +441,11 @@ def test_a_purge_stops_at_its_limit(pgq: PgQueue) -> None:
         ({"error_type": b"E"}, "error_type must be a string, got bytes"),
         ({"tags": ["a"]}, "tags must be a mapping"),
         ({"tags": {"a": 1}}, "the tag 'a' must be a string, got int"),
+        ({"since": 60, "until": 3600}, "since must be earlier than until, or no job fits"),
+        (
+            {"since": datetime(2030, 1, 2, tzinfo=UTC), "until": datetime(2030, 1, 1, tzinfo=UTC)},
+            "since must be earlier than until",
+        ),
     ],
 )
 def test_filters_that_cannot_be_meant_are_refused(
@@ -463,6 +468,28 @@ def test_filters_that_cannot_be_meant_are_refused(
 def test_ids_that_are_none_are_refused(pgq: PgQueue, ids: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         pgq.replay(ids, **options)
+
+
+@pytest.mark.parametrize("call", ["cancel", "delete", "edit", "replay", "get_job", "job_events"])
+@pytest.mark.parametrize("job_id", [True, 1.5, "1", None])
+def test_one_id_that_is_none_is_refused(pgq: PgQueue, call: str, job_id: Any) -> None:
+    add_one(pgq)
+    before = everything(pgq)
+
+    with pytest.raises(ConfigurationError, match=r"id is a whole number|replay\(\) takes an id"):
+        getattr(pgq, call)(job_id, **({"priority": 1} if call == "edit" else {}))
+
+    assert everything(pgq) == before
+
+
+@pytest.mark.parametrize("words", [{"reason": 5}, {"actor": b"ann"}])
+def test_who_and_why_are_strings(pgq: PgQueue, words: dict[str, Any]) -> None:
+    job_id = add_one(pgq)
+
+    with pytest.raises(ConfigurationError, match=r"(reason|actor) must be a string, got (int|bytes)"):
+        pgq.cancel(job_id, **words)
+
+    assert statuses(pgq) == {job_id: "pending"}
 
 
 # What is written down ----------------------------------------------------------------------------------------

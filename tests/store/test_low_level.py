@@ -241,7 +241,7 @@ def test_something_else_than_a_claimed_job_is_refused(consumer: Consumer) -> Non
     before = everything(consumer.pgq)
 
     for end, wrong in itertools.product(ENDS.values(), (7, "7", None, [7], consumer.pgq.list_jobs())):
-        with pytest.raises(TypeError):
+        with pytest.raises(WrongSession, match=r"expected jobs as claim\(\) returned them, got"):
             end(consumer, wrong)
 
     assert everything(consumer.pgq) == before
@@ -343,6 +343,23 @@ def test_an_error_with_any_text_can_be_stored(consumer: Consumer) -> None:
     message = row(consumer.pgq, job.id).error["message"]
     assert message.startswith("a\N{SYMBOL FOR NULL}b ? 100 % :x {y}z")
     assert len(message) < 100_000
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"error": 5}, "error must be a string or an exception, got int"),
+        ({"dead": "yes"}, "dead must be True or False"),
+    ],
+)
+def test_a_nack_that_cannot_be_meant_is_refused(consumer: Consumer, options: dict[str, Any], complaint: str) -> None:
+    add(consumer.pgq)
+    job = consumer.claim_one()
+
+    with pytest.raises(ConfigurationError, match=complaint):
+        consumer.nack(job, **options)
+
+    assert row(consumer.pgq, job.id).status == "running"
 
 
 def test_the_last_error_makes_the_job_dead(consumer: Consumer) -> None:

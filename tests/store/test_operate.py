@@ -631,9 +631,11 @@ def test_a_prune_that_cannot_be_is_refused(pgq: PgQueue) -> None:
     for older_than in (-1, float("nan"), float("inf"), 1e300, 10**400, timedelta.max, "7", None, True):
         with pytest.raises(ConfigurationError, match="older_than"):
             pgq.prune(older_than=older_than)  # type: ignore[arg-type]
-    for statuses_given in (["pending"], ["running"], ["completed", "'; --"], "dead", []):
+    for statuses_given in (["pending"], ["running"], ["completed", "'; --"], []):
         with pytest.raises(ConfigurationError, match="can be pruned"):
             pgq.prune(older_than=0, statuses=statuses_given)
+    with pytest.raises(ConfigurationError, match=r"statuses must be several, such as \['dead'\], got 'dead'"):
+        pgq.prune(older_than=0, statuses="dead")
 
     assert everything(pgq) == before
 

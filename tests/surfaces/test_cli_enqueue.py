@@ -154,6 +154,42 @@ def test_a_unique_key_that_is_taken_is_skipped_refused_or_replaced(pgqueue: Comm
     assert pgq.get_job(first).payload == {"n": 4}
 
 
+def test_keys_of_limits_can_be_given(pgqueue: Command, pgq: PgQueue) -> None:
+    keys = ["--ordering-key", "o", "--concurrency-key", "c", "--rate-key", "r"]
+
+    job = pgq.get_job(int(pgqueue("enqueue", "mail", *keys).stdout))
+
+    assert (job.ordering_key, job.concurrency_key, job.rate_key) == ("o", "c", "r")
+
+
+FULL = """
+from pgqueue import PgQueue
+
+pgq = PgQueue()
+pgq.queue("mails", max_depth=2, on_full="drop")
+
+@pgq.task(queue="mails")
+def mail(n: int = 0) -> None: ...
+"""
+
+
+def test_what_a_full_queue_dropped_is_said(
+    pgqueue: Command, pgq: PgQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_application(tmp_path, "mail_jobs", FULL, monkeypatch)
+    for _ in range(2):
+        pgqueue("enqueue", "mail", "--app", "mail_jobs:pgq")
+
+    dropped = pgqueue("enqueue", "mail", "--app", "mail_jobs:pgq")
+    lines = pgqueue("enqueue", "mail", "-", "--lines", "--app", "mail_jobs:pgq", input="{}\n{}\n{}\n")
+
+    assert dropped.stdout == "0\n"
+    assert "nothing was enqueued: queue 'mails' is full, and drops jobs then" in dropped.stderr
+    assert lines.stdout == "0\n"
+    assert "3 were not enqueued: queue 'mails' is full" in lines.stderr
+    assert len(pgq.list_jobs()) == 2
+
+
 def test_many_payloads_are_enqueued_line_by_line(pgqueue: Command, pgq: PgQueue) -> None:
     lines = "".join(f'{{"n": {n}}}\n' for n in range(2500)) + "\n"
 
