@@ -405,68 +405,46 @@ def insert(dialect_name: str, table: sa.Table) -> Any:
     return postgresql.insert(table) if dialect_name == POSTGRESQL else sqlite.insert(table)
 
 
-def no_flush(dialect_name: str) -> sa.ColumnElement[bool]:
-    """A condition that always holds, and lets the commit of its transaction return before it is on disk."""
-    if dialect_name == SQLITE:
+def with_settings(dialect_name: str, **settings: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
+    """A condition that always holds; the server then has these settings until the transaction ends. Not for SQLite.
+
+    synchronous_commit: off, and the commit returns before it is on disk. idle_in_transaction_session_timeout: the
+    server ends the transaction when nothing is heard of it for so many milliseconds. lock_timeout: no statement, this
+    one included, waits for a lock for longer.
+    """
+    if dialect_name == SQLITE or not settings:
         return sa.true()
-    setting = sa.select(sa.func.set_config("synchronous_commit", "off", sa.true())).scalar_subquery()
-    return setting.is_not(None)
+    each = [sa.func.set_config(sa.literal_column(f"'{name}'"), value, sa.true()) for name, value in settings.items()]
+    return sa.select(sa.func.concat(*each) if len(each) > 1 else each[0]).scalar_subquery().is_not(None)
 
 
-def ends_if_frozen(dialect_name: str, milliseconds: sa.BindParameter[str]) -> sa.ColumnElement[bool]:
-    """A condition that always holds; the server then ends the transaction when nothing is heard of it for so long."""
-    if dialect_name == SQLITE:
-        return sa.true()
-    setting = sa.func.set_config(sa.literal_column("'idle_in_transaction_session_timeout'"), milliseconds, sa.true())
-    return sa.select(setting).scalar_subquery().is_not(None)
-
-
-def holds_up_nobody(
-    dialect_name: str, waits: sa.BindParameter[str], milliseconds: sa.BindParameter[str]
-) -> sa.ColumnElement[bool]:
-    """Likewise; and no statement of the transaction, this one included, waits for a lock for longer than `waits`."""
-    if dialect_name == SQLITE:
-        return sa.true()
-    settings = sa.func.concat(
-        sa.func.set_config("lock_timeout", waits, sa.true()),
-        sa.func.set_config("idle_in_transaction_session_timeout", milliseconds, sa.true()),
-    )
-    return sa.select(settings).scalar_subquery().is_not(None)
+#: A value of the setting synchronous_commit.
+OFF: sa.ColumnClause[str] = sa.literal_column("'off'")
 
 
 def lanes(jobs: sa.Table, queue: sa.BindParameter[str]) -> sa.Select[Any]:
     """PostgreSQL: the priorities that pending jobs of one queue have, the highest first.
 
-    By stepping through the claim index from one priority to the next.
+    By stepping through the claim index from one priority to the next, from above the highest that there can be.
     """
     pending: sa.ColumnClause[str] = sa.literal_column("'pending'")
-    first, following = jobs.alias("first"), jobs.alias("following")
-    lane = (
-        sa.select(
-            sa.select(first.c.priority)
-            .where(first.c.queue == queue, first.c.status == pending, first.c.waits_for.is_(None))
-            .order_by(first.c.priority.desc())
-            .limit(1)
-            .scalar_subquery()
-            .label("priority")
+    above_all = sa.literal_column("32768", sa.Integer)
+    lane = sa.select(above_all.label("priority")).cte("lane", recursive=True)
+    following = (
+        sa.select(sa.cast(jobs.c.priority, sa.Integer).label("priority"))
+        .where(
+            jobs.c.queue == queue,
+            jobs.c.status == pending,
+            jobs.c.waits_for.is_(None),
+            jobs.c.priority < lane.c.priority,
         )
-    ).cte("lane", recursive=True)
-    lane = lane.union_all(
-        sa.select(
-            sa.select(following.c.priority)
-            .where(
-                following.c.queue == queue,
-                following.c.status == pending,
-                following.c.waits_for.is_(None),
-                following.c.priority < lane.c.priority,
-            )
-            .order_by(following.c.priority.desc())
-            .limit(1)
-            .correlate(lane)
-            .scalar_subquery()
-        ).where(lane.c.priority.is_not(None))
+        .order_by(jobs.c.priority.desc())
+        .limit(sa.literal_column("1"))
+        .correlate(lane)
+        .lateral("following")
     )
-    return sa.select(lane.c.priority).where(lane.c.priority.is_not(None))
+    lane = lane.union_all(sa.select(following.c.priority).select_from(lane.join(following, sa.true())))
+    return sa.select(lane.c.priority).where(lane.c.priority < above_all)
 
 
 def due(

@@ -11,7 +11,6 @@ import sqlalchemy as sa
 
 from pgqueue import dialect, store
 from pgqueue.admission import WAITS_FOR_TASK, Limits
-from pgqueue.dialect import TextArray, text_in
 from pgqueue.engine import LOCK_NOT_AVAILABLE, LockNotWon, idle_milliseconds
 from pgqueue.schema import ENDED, Tables
 
@@ -84,12 +83,20 @@ def _are_kept(tables: Tables, of_tasks: bool) -> sa.Select[Any]:
 
 
 def lock(
-    connection: sa.Connection, tables: Tables, queue: str, tasks: Sequence[str] | None, *, lease: float, bounded: bool
+    connection: sa.Connection,
+    tables: Tables,
+    queue: str,
+    tasks: Sequence[str] | None,
+    *,
+    lease: float,
+    flush: bool,
+    bounded: bool,
 ) -> Gates | None:
     """Lock the limits of a queue and of the tasks, in one order; None when there are none to keep.
 
     If `bounded`, the server ends the transaction when it is idle for CLAIM_IDLE_SECONDS, or as long as the lease; and
     LockNotWon is raised when those that go before it take longer than CLAIM_WAITS_SECONDS. Both hold to its end.
+    Without `flush` its commit does not wait for the disk.
     """
     parameters: dict[str, Any] = {"of_queue": queue, **({} if tasks is None else {"tasks": list(tasks)})}
     if bounded and tables.dialect_name == dialect.POSTGRESQL:
@@ -98,7 +105,7 @@ def lock(
             "milliseconds": idle_milliseconds(min(lease, CLAIM_IDLE_SECONDS)),
         }
     try:
-        rows = dialect.execute(connection, _lock_limits(tables, tasks is not None, bounded), parameters).all()
+        rows = dialect.execute(connection, _lock_limits(tables, tasks is not None, flush, bounded), parameters).all()
     except sa.exc.OperationalError as error:
         if bounded and getattr(error.orig, "sqlstate", None) == LOCK_NOT_AVAILABLE:
             raise LockNotWon from error
@@ -117,22 +124,19 @@ def lock(
 
 
 @cache
-def _lock_limits(tables: Tables, of_tasks: bool, bounded: bool) -> sa.Select[Any]:
+def _lock_limits(tables: Tables, of_tasks: bool, flush: bool, bounded: bool) -> sa.Select[Any]:
     limits = tables.limits
-    of_task = limits.c.scope == store.TASK
-    if of_tasks:
-        of_task = sa.and_(of_task, text_in(limits.c.name, sa.bindparam("tasks", type_=TextArray())))
-    of_queue = sa.and_(limits.c.scope == store.QUEUE, limits.c.name == sa.bindparam("of_queue", type_=sa.Text()))
+    queue = sa.bindparam("of_queue", type_=sa.Text())
     # Of any task and queue: each condition more costs as much planning as the whole look.
     ended = sa.exists(sa.select(sa.literal_column("1")).select_from(tables.jobs).where(sa.text(f"({ENDED})")))
     columns = [limits.c[name] for name in ("scope", "name", *_OF_CLAIMS, "ordered", "releasing")]
-    conditions = [sa.or_(of_queue, of_task), store.are_kept(limits)]
+    settings: dict[str, sa.ColumnElement[str]] = {} if flush else {"synchronous_commit": dialect.OFF}
     if bounded:
-        waits, milliseconds = (sa.bindparam(name, type_=sa.Text()) for name in ("waits", "milliseconds"))
-        conditions.append(dialect.holds_up_nobody(tables.dialect_name, waits, milliseconds))
+        settings["lock_timeout"] = sa.bindparam("waits", type_=sa.Text())
+        settings["idle_in_transaction_session_timeout"] = sa.bindparam("milliseconds", type_=sa.Text())
     return (
         sa.select(*columns, ended.label("something_ended"))
-        .where(*conditions)
+        .where(store.concern(limits, queue, of_tasks), dialect.with_settings(tables.dialect_name, **settings))
         .order_by(limits.c.scope, limits.c.name)
         .with_for_update(of=limits)
     )

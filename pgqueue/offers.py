@@ -321,7 +321,7 @@ def leader_of(tables: Tables, of_key: sa.ColumnElement[bool]) -> sa.Select[Any]:
         sa.select(jobs.c.id)
         .where(jobs.c.queue == sa.bindparam("of_queue", type_=sa.Text()), of_key, sa.text(IN_ORDER))
         .order_by(jobs.c.status.desc(), jobs.c.id)  # as the index has it
-        .limit(1)
+        .limit(sa.literal_column("1"))
     )
 
 

@@ -47,7 +47,7 @@ def _claimable(tables: Tables, queue: sa.BindParameter[str]) -> sa.ColumnElement
         jobs.c.status == PENDING,
         jobs.c.waits_for.is_(None),
         jobs.c.run_at <= now(),
-        claim_filters(tables, queue, of_tasks=True, flush=True),
+        claim_filters(tables, queue, of_tasks=True),
     ]
     one = sa.select(jobs.c.id)
     if tables.dialect_name != dialect.POSTGRESQL:

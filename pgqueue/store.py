@@ -512,7 +512,9 @@ def lanes_document(marks: Sequence[Lane]) -> str:
 def _claim(tables: Tables, of_tasks: bool, flush: bool) -> sa.Update:
     jobs = tables.jobs
     queue = sa.bindparam("of_queue", type_=sa.Text())
-    filters = sa.and_(sa.not_(has_limits(tables, queue, of_tasks)), claim_filters(tables, queue, of_tasks, flush))
+    filters = sa.and_(sa.not_(has_limits(tables, queue, of_tasks)), claim_filters(tables, queue, of_tasks))
+    if not flush:
+        filters = sa.and_(filters, dialect.with_settings(tables.dialect_name, synchronous_commit=dialect.OFF))
     limit = sa.bindparam("limit", type_=sa.Integer())
     ids = dialect.due(tables.dialect_name, jobs, [jobs.c.id], queue, filters, limit)
     return (
@@ -523,30 +525,31 @@ def _claim(tables: Tables, of_tasks: bool, flush: bool) -> sa.Update:
     )
 
 
-def claim_filters(tables: Tables, queue: sa.BindParameter[str], of_tasks: bool, flush: bool) -> sa.ColumnElement[bool]:
+def claim_filters(tables: Tables, queue: sa.BindParameter[str], of_tasks: bool) -> sa.ColumnElement[bool]:
     """What keeps a due job from being claimed: the parameters are `of_queue`, and `tasks` if `of_tasks`."""
     jobs, queues = tables.jobs, tables.queues
     paused = (
         sa.select(sa.literal_column("1")).select_from(queues).where(queues.c.name == queue, is_paused(queues)).exists()
     )
-    unexpired = sa.or_(jobs.c.expires_at.is_(None), jobs.c.expires_at > now())
+    # Not as an OR: planning compares each arm of one with the conditions of all indexes.
+    unexpired = (jobs.c.expires_at <= now()).is_not(sa.true())
     filters: sa.ColumnElement[bool] = sa.and_(sa.not_(paused), unexpired)
     if of_tasks:
         filters = sa.and_(filters, text_in(jobs.c.task, sa.bindparam("tasks", type_=TextArray())))
-    if not flush:
-        filters = sa.and_(filters, dialect.no_flush(tables.dialect_name))
     return filters
 
 
 def has_limits(tables: Tables, queue: sa.BindParameter[str], of_tasks: bool) -> sa.ColumnElement[bool]:
     """Whether claims from the queue have to keep limits: then `within_limits.claim` makes them."""
-    limits = tables.limits
+    return sa.exists(sa.select(sa.literal_column("1")).where(concern(tables.limits, queue, of_tasks)))
 
-    def there_are(scope: sa.ColumnClause[str], *conditions: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
-        return sa.exists().where(limits.c.scope == scope, *conditions, are_kept(limits))
 
-    names = [text_in(limits.c.name, sa.bindparam("tasks", type_=TextArray()))] if of_tasks else []
-    return sa.or_(there_are(QUEUE, limits.c.name == queue), there_are(TASK, *names))
+def concern(limits: sa.Table, queue: sa.BindParameter[str], of_tasks: bool) -> sa.ColumnElement[bool]:
+    """Which rows of limits concern claims from the queue; of the parameter `tasks`, if `of_tasks`."""
+    of_task = limits.c.scope == TASK
+    if of_tasks:
+        of_task = sa.and_(of_task, text_in(limits.c.name, sa.bindparam("tasks", type_=TextArray())))
+    return sa.and_(sa.or_(sa.and_(limits.c.scope == QUEUE, limits.c.name == queue), of_task), are_kept(limits))
 
 
 def nobody_waits_for(jobs: sa.Table) -> sa.ColumnElement[bool]:
@@ -556,14 +559,8 @@ def nobody_waits_for(jobs: sa.Table) -> sa.ColumnElement[bool]:
 
 def are_kept(limits: sa.Table) -> sa.ColumnElement[bool]:
     """Whether a row of limits concerns claims."""
-    return sa.or_(
-        limits.c.concurrency.is_not(None),
-        limits.c.key_concurrency.is_not(None),
-        limits.c.rate.is_not(None),
-        limits.c.promote_after.is_not(None),
-        limits.c.ordered,
-        limits.c.releasing,
-    )
+    numbers = (limits.c.concurrency, limits.c.key_concurrency, limits.c.rate, limits.c.promote_after)
+    return sa.or_(sa.func.coalesce(*numbers).is_not(None), limits.c.ordered, limits.c.releasing)
 
 
 def claim_values(jobs: sa.Table) -> dict[str, Any]:
@@ -797,7 +794,10 @@ def _complete_in_transaction(tables: Tables) -> sa.Update:
         .where(
             jobs.c.id == sa.bindparam("job_id", type_=sa.BigInteger()),
             jobs.c.claim_token == sa.bindparam("token", type_=sa.Uuid()),
-            dialect.ends_if_frozen(tables.dialect_name, sa.bindparam("milliseconds", type_=sa.Text())),
+            dialect.with_settings(
+                tables.dialect_name,
+                idle_in_transaction_session_timeout=sa.bindparam("milliseconds", type_=sa.Text()),
+            ),
         )
         .values(
             status=COMPLETED,
@@ -1016,9 +1016,7 @@ def _sweep(tables: Tables) -> sa.Update:
 
 
 def is_paused(queues: sa.Table) -> sa.ColumnElement[bool]:
-    return sa.and_(
-        queues.c.paused_at.is_not(None), sa.or_(queues.c.paused_until.is_(None), queues.c.paused_until > now())
-    )
+    return sa.and_(queues.c.paused_at.is_not(None), (queues.c.paused_until <= now()).is_not(sa.true()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,7 @@ def claim(
     In a transaction, which should be short and do nothing else after this: other claims under the same limits wait for
     its end. How long they do if it is `bounded`, see `gating.lock`. Raises LockNotWon.
     """
-    gates = gating.lock(connection, tables, queue, tasks, lease=lease, bounded=bounded)
+    gates = gating.lock(connection, tables, queue, tasks, lease=lease, flush=flush, bounded=bounded)
     if gates is None:
         return LimitedClaim(kept=False)
     # What it was told with the lock may be old by now: so it looks again before it comes back with too little.
@@ -93,7 +93,7 @@ def claim(
     for number in range(ROUNDS_MAX):
         want = limit - len(claimed)
         at_most = want + (LOOK_AHEAD if number else 0)
-        seen = _look(connection, tables, gates, tasks, limit=at_most, flush=flush, waited=waited)
+        seen = _look(connection, tables, gates, tasks, limit=at_most, waited=waited)
         if not number and gates.rates:
             next_token, offered = buckets.offer_tokens(connection, tables, gates, seen.awaited)
             tokens_come.append(next_token)
@@ -163,7 +163,6 @@ def _look(
     tasks: Sequence[str] | None,
     *,
     limit: int,
-    flush: bool,
     waited: float | None,
 ) -> _Seen:
     """Due jobs in the order of claims, locked: those that have been due for `waited` seconds. With what is in use."""
@@ -183,7 +182,7 @@ def _look(
         of_order=gates.ordered,
         of_tokens=bool(rates) and ("queue", gates.queue_name) not in rates,
     )
-    found = dialect.execute(connection, _look_at_jobs(tables, tasks is not None, flush, counts), parameters).all()
+    found = dialect.execute(connection, _look_at_jobs(tables, tasks is not None, counts), parameters).all()
     # A lane that comes into being meanwhile may be seen twice.
     rows: list[Any] = list({row[0]: row for row in found}.values())
     tokens: dict[Bucket, float] = {}
@@ -237,10 +236,10 @@ class _Counts:
 
 
 @cache
-def _look_at_jobs(tables: Tables, of_tasks: bool, flush: bool, counts: _Counts) -> sa.Select[Any]:
+def _look_at_jobs(tables: Tables, of_tasks: bool, counts: _Counts) -> sa.Select[Any]:
     jobs = tables.jobs
     queue = sa.bindparam("of_queue", type_=sa.Text())
-    filters = store.claim_filters(tables, queue, of_tasks, flush)
+    filters = store.claim_filters(tables, queue, of_tasks)
     if counts.waited:
         waited = sa.bindparam("waited", type_=sa.Float())
         filters = sa.and_(filters, jobs.c.run_at <= dialect.seconds_from_now(-waited))

@@ -1,40 +1,26 @@
 WITH RECURSIVE lane(priority) AS (
-    SELECT (
-        SELECT first.priority
-        FROM pgqueue.jobs AS first
-        WHERE first.queue = %(of_queue)s::VARCHAR
-        AND first.status = 'pending'
-        AND first.waits_for IS NULL
-        ORDER BY first.priority DESC
-        LIMIT %(param_1)s::INTEGER) AS priority
+    SELECT 32768 AS priority
     UNION ALL
-    SELECT (
-        SELECT following.priority
-        FROM pgqueue.jobs AS following
-        WHERE following.queue = %(of_queue)s::VARCHAR
-        AND following.status = 'pending'
-        AND following.waits_for IS NULL
-        AND following.priority < lane.priority
-        ORDER BY following.priority DESC
-        LIMIT %(param_2)s::INTEGER) AS anon_1
+    SELECT following.priority AS priority
     FROM lane
-    WHERE lane.priority IS NOT NULL)
-SELECT lane.priority, (EXISTS (
-        SELECT *
-        FROM pgqueue.limits
-        WHERE pgqueue.limits.scope = 'queue'
-        AND pgqueue.limits.name = %(of_queue)s::VARCHAR
-        AND (pgqueue.limits.concurrency IS NOT NULL OR pgqueue.limits.key_concurrency IS NOT NULL OR
-            pgqueue.limits.rate IS NOT NULL OR pgqueue.limits.promote_after IS NOT NULL OR pgqueue.limits.ordered OR
-            pgqueue.limits.releasing))) OR (EXISTS (
-        SELECT *
-        FROM pgqueue.limits
-        WHERE pgqueue.limits.scope = 'task'
-        AND (pgqueue.limits.concurrency IS NOT NULL OR pgqueue.limits.key_concurrency IS NOT NULL OR
-            pgqueue.limits.rate IS NOT NULL OR pgqueue.limits.promote_after IS NOT NULL OR pgqueue.limits.ordered OR
-            pgqueue.limits.releasing))) AS limited
+    JOIN LATERAL (
+        SELECT CAST(pgqueue.jobs.priority AS INTEGER) AS priority
+        FROM pgqueue.jobs
+        WHERE pgqueue.jobs.queue = %(of_queue)s::VARCHAR
+        AND pgqueue.jobs.status = 'pending'
+        AND pgqueue.jobs.waits_for IS NULL
+        AND pgqueue.jobs.priority < lane.priority
+        ORDER BY pgqueue.jobs.priority DESC
+        LIMIT 1) AS following ON true)
+SELECT lane.priority, EXISTS (
+    SELECT 1
+    FROM pgqueue.limits
+    WHERE (pgqueue.limits.scope = 'queue'
+        AND pgqueue.limits.name = %(of_queue)s::VARCHAR OR pgqueue.limits.scope = 'task')
+    AND (coalesce(pgqueue.limits.concurrency, pgqueue.limits.key_concurrency, pgqueue.limits.rate,
+        pgqueue.limits.promote_after) IS NOT NULL OR pgqueue.limits.ordered OR pgqueue.limits.releasing)) AS limited
 FROM lane
-WHERE lane.priority IS NOT NULL;
+WHERE lane.priority < 32768;
 
 UPDATE pgqueue.jobs
 SET status='running', claimed_by=%(worker)s::VARCHAR, claim_token=%(token)s::UUID, claim_expires_at=now() +
@@ -53,28 +39,22 @@ WHERE pgqueue.jobs.id = ANY (ARRAY(
             AND pgqueue.jobs.waits_for IS NULL
             AND pgqueue.jobs.run_at <= now()
             AND (pgqueue.jobs.run_at, pgqueue.jobs.id) > (r.run_at, r.id)
-            AND NOT ((EXISTS (
-                        SELECT *
-                        FROM pgqueue.limits
-                        WHERE pgqueue.limits.scope = 'queue'
-                        AND pgqueue.limits.name = %(of_queue)s::VARCHAR
-                        AND (pgqueue.limits.concurrency IS NOT NULL OR pgqueue.limits.key_concurrency IS NOT NULL OR
-                            pgqueue.limits.rate IS NOT NULL OR pgqueue.limits.promote_after IS NOT NULL OR
-                            pgqueue.limits.ordered OR pgqueue.limits.releasing))) OR (EXISTS (
-                        SELECT *
-                        FROM pgqueue.limits
-                        WHERE pgqueue.limits.scope = 'task'
-                        AND pgqueue.limits.name = ANY (%(tasks)s::TEXT[])
-                        AND (pgqueue.limits.concurrency IS NOT NULL OR pgqueue.limits.key_concurrency IS NOT NULL OR
-                            pgqueue.limits.rate IS NOT NULL OR pgqueue.limits.promote_after IS NOT NULL OR
-                            pgqueue.limits.ordered OR pgqueue.limits.releasing))))
+            AND NOT (EXISTS (
+                    SELECT 1
+                    FROM pgqueue.limits
+                    WHERE (pgqueue.limits.scope = 'queue'
+                        AND pgqueue.limits.name = %(of_queue)s::VARCHAR OR pgqueue.limits.scope = 'task'
+                        AND pgqueue.limits.name = ANY (%(tasks)s::TEXT[]))
+                    AND (coalesce(pgqueue.limits.concurrency, pgqueue.limits.key_concurrency, pgqueue.limits.rate,
+                        pgqueue.limits.promote_after) IS NOT NULL OR pgqueue.limits.ordered OR
+                        pgqueue.limits.releasing)))
             AND NOT (EXISTS (
                     SELECT 1
                     FROM pgqueue.queues
                     WHERE pgqueue.queues.name = %(of_queue)s::VARCHAR
                     AND pgqueue.queues.paused_at IS NOT NULL
-                    AND (pgqueue.queues.paused_until IS NULL OR pgqueue.queues.paused_until > now())))
-            AND (pgqueue.jobs.expires_at IS NULL OR pgqueue.jobs.expires_at > now())
+                    AND (pgqueue.queues.paused_until <= now()) IS NOT true))
+            AND (pgqueue.jobs.expires_at <= now()) IS NOT true
             AND pgqueue.jobs.task = ANY (%(tasks)s::TEXT[])
             ORDER BY pgqueue.jobs.run_at, pgqueue.jobs.id
             LIMIT %(limit)s::INTEGER

@@ -9,28 +9,21 @@ WHERE pgqueue_jobs.id IN (
     AND pgqueue_jobs.status = 'pending'
     AND pgqueue_jobs.waits_for IS NULL
     AND pgqueue_jobs.run_at <= strftime('%Y-%m-%d %H:%M:%f', 'now')
-    AND NOT ((EXISTS (
-                SELECT *
-                FROM pgqueue_limits
-                WHERE pgqueue_limits.scope = 'queue'
-                AND pgqueue_limits.name = ?
-                AND (pgqueue_limits.concurrency IS NOT NULL OR pgqueue_limits.key_concurrency IS NOT NULL OR
-                    pgqueue_limits.rate IS NOT NULL OR pgqueue_limits.promote_after IS NOT NULL OR
-                    pgqueue_limits.ordered = 1 OR pgqueue_limits.releasing = 1))) OR (EXISTS (
-                SELECT *
-                FROM pgqueue_limits
-                WHERE pgqueue_limits.scope = 'task'
-                AND (pgqueue_limits.concurrency IS NOT NULL OR pgqueue_limits.key_concurrency IS NOT NULL OR
-                    pgqueue_limits.rate IS NOT NULL OR pgqueue_limits.promote_after IS NOT NULL OR
-                    pgqueue_limits.ordered = 1 OR pgqueue_limits.releasing = 1))))
+    AND NOT (EXISTS (
+            SELECT 1
+            FROM pgqueue_limits
+            WHERE (pgqueue_limits.scope = 'queue'
+                AND pgqueue_limits.name = ? OR pgqueue_limits.scope = 'task')
+            AND (coalesce(pgqueue_limits.concurrency, pgqueue_limits.key_concurrency, pgqueue_limits.rate,
+                pgqueue_limits.promote_after) IS NOT NULL OR pgqueue_limits.ordered = 1 OR pgqueue_limits.releasing =
+                1)))
     AND NOT (EXISTS (
             SELECT 1
             FROM pgqueue_queues
             WHERE pgqueue_queues.name = ?
             AND pgqueue_queues.paused_at IS NOT NULL
-            AND (pgqueue_queues.paused_until IS NULL OR pgqueue_queues.paused_until > strftime('%Y-%m-%d %H:%M:%f',
-                'now'))))
-    AND (pgqueue_jobs.expires_at IS NULL OR pgqueue_jobs.expires_at > strftime('%Y-%m-%d %H:%M:%f', 'now'))
+            AND (pgqueue_queues.paused_until <= strftime('%Y-%m-%d %H:%M:%f', 'now')) IS NOT 1))
+    AND (pgqueue_jobs.expires_at <= strftime('%Y-%m-%d %H:%M:%f', 'now')) IS NOT 1
     ORDER BY pgqueue_jobs.priority DESC, pgqueue_jobs.run_at, pgqueue_jobs.id
     LIMIT ? OFFSET ?)
 RETURNING id, task, CAST(payload AS TEXT) AS payload, priority, run_at, attempt, retries, max_retries, created_at,

@@ -1,24 +1,17 @@
 WITH RECURSIVE lane(priority) AS (
-    SELECT (
-        SELECT first.priority
-        FROM pgqueue.jobs AS first
-        WHERE first.queue = %(of_queue)s::VARCHAR
-        AND first.status = 'pending'
-        AND first.waits_for IS NULL
-        ORDER BY first.priority DESC
-        LIMIT %(param_1)s::INTEGER) AS priority
+    SELECT 32768 AS priority
     UNION ALL
-    SELECT (
-        SELECT following.priority
-        FROM pgqueue.jobs AS following
-        WHERE following.queue = %(of_queue)s::VARCHAR
-        AND following.status = 'pending'
-        AND following.waits_for IS NULL
-        AND following.priority < lane.priority
-        ORDER BY following.priority DESC
-        LIMIT %(param_2)s::INTEGER) AS anon_2
+    SELECT following.priority AS priority
     FROM lane
-    WHERE lane.priority IS NOT NULL)
+    JOIN LATERAL (
+        SELECT CAST(pgqueue.jobs.priority AS INTEGER) AS priority
+        FROM pgqueue.jobs
+        WHERE pgqueue.jobs.queue = %(of_queue)s::VARCHAR
+        AND pgqueue.jobs.status = 'pending'
+        AND pgqueue.jobs.waits_for IS NULL
+        AND pgqueue.jobs.priority < lane.priority
+        ORDER BY pgqueue.jobs.priority DESC
+        LIMIT 1) AS following ON true)
 SELECT (EXISTS (
         SELECT *
         FROM pgqueue.workers
@@ -30,13 +23,13 @@ AND NOT (EXISTS (
         FROM pgqueue.queues
         WHERE pgqueue.queues.name = %(of_queue)s::VARCHAR
         AND pgqueue.queues.paused_at IS NOT NULL
-        AND (pgqueue.queues.paused_until IS NULL OR pgqueue.queues.paused_until > now())))
+        AND (pgqueue.queues.paused_until <= now()) IS NOT true))
 AND NOT (EXISTS (
         SELECT due.id
         FROM (
             SELECT lane.priority AS priority
             FROM lane
-            WHERE lane.priority IS NOT NULL) AS lane
+            WHERE lane.priority < 32768) AS lane
         JOIN LATERAL (
             SELECT pgqueue.jobs.id AS id
             FROM pgqueue.jobs
@@ -49,9 +42,9 @@ AND NOT (EXISTS (
                     FROM pgqueue.queues
                     WHERE pgqueue.queues.name = %(of_queue)s::VARCHAR
                     AND pgqueue.queues.paused_at IS NOT NULL
-                    AND (pgqueue.queues.paused_until IS NULL OR pgqueue.queues.paused_until > now())))
-            AND (pgqueue.jobs.expires_at IS NULL OR pgqueue.jobs.expires_at > now())
+                    AND (pgqueue.queues.paused_until <= now()) IS NOT true))
+            AND (pgqueue.jobs.expires_at <= now()) IS NOT true
             AND pgqueue.jobs.task = ANY (%(tasks)s::TEXT[])
             AND pgqueue.jobs.priority = lane.priority
             ORDER BY pgqueue.jobs.run_at, pgqueue.jobs.id
-            LIMIT %(param_3)s::INTEGER) AS due ON true)) AS anon_1;
+            LIMIT %(param_1)s::INTEGER) AS due ON true)) AS anon_1;

@@ -10,8 +10,7 @@ AND NOT (EXISTS (
         FROM pgqueue_queues
         WHERE pgqueue_queues.name = ?
         AND pgqueue_queues.paused_at IS NOT NULL
-        AND (pgqueue_queues.paused_until IS NULL OR pgqueue_queues.paused_until > strftime('%Y-%m-%d %H:%M:%f',
-            'now'))))
+        AND (pgqueue_queues.paused_until <= strftime('%Y-%m-%d %H:%M:%f', 'now')) IS NOT 1))
 AND NOT (EXISTS (
         SELECT pgqueue_jobs.id
         FROM pgqueue_jobs
@@ -24,9 +23,8 @@ AND NOT (EXISTS (
                 FROM pgqueue_queues
                 WHERE pgqueue_queues.name = ?
                 AND pgqueue_queues.paused_at IS NOT NULL
-                AND (pgqueue_queues.paused_until IS NULL OR pgqueue_queues.paused_until > strftime('%Y-%m-%d
-                    %H:%M:%f', 'now'))))
-        AND (pgqueue_jobs.expires_at IS NULL OR pgqueue_jobs.expires_at > strftime('%Y-%m-%d %H:%M:%f', 'now'))
+                AND (pgqueue_queues.paused_until <= strftime('%Y-%m-%d %H:%M:%f', 'now')) IS NOT 1))
+        AND (pgqueue_jobs.expires_at <= strftime('%Y-%m-%d %H:%M:%f', 'now')) IS NOT 1
         AND pgqueue_jobs.task IN (
             SELECT value
             FROM json_each(?)))) AS anon_1;
