@@ -22,7 +22,7 @@ from pgqueue.retry import decide
 logger = logging.getLogger(__name__)
 
 #: The most jobs whose ends are written in one transaction.
-FINISH_JOBS_MAX = 1_000
+FINISH_JOBS_MAX = 2_000
 
 #: Of these, about so many characters of results and errors: beyond a gigabyte the server hangs up.
 FINISH_CHARACTERS_MAX = 8 * 1024 * 1024

@@ -19,8 +19,11 @@ from pgqueue.job import ClaimedJob
 #: A claim brings about this much work per slot: short jobs come by the hundred, long ones one by one.
 PREFETCH_SECONDS = 0.1
 
-#: The most jobs in one claim, and ahead of the slots.
+#: The most jobs in one claim,
 CLAIM_JOBS_MAX = 2_000
+
+#: and ahead of the slots: twice that, so that half of them are left to run while more are claimed.
+AHEAD_JOBS_MAX = 2 * CLAIM_JOBS_MAX
 
 #: How much the newest run time counts in the running average.
 RUN_TIME_WEIGHT = 0.05
@@ -189,7 +192,7 @@ class Slots:
             return self._prefetch
         if self._run_seconds is None or self._run_seconds >= PREFETCH_SECONDS:
             return 0
-        return min(CLAIM_JOBS_MAX, int(self._count * PREFETCH_SECONDS / max(self._run_seconds, 1e-6)))
+        return min(AHEAD_JOBS_MAX, int(self._count * PREFETCH_SECONDS / max(self._run_seconds, 1e-6)))
 
     def _start(self, job: ClaimedJob) -> None:
         """Run a job in a slot that is already taken for it. Called with the lock held."""
