@@ -578,13 +578,13 @@ def test_where_processes_cannot_be_started_a_worker_does_not_start(monkeypatch: 
 
 
 def test_where_memory_is_not_limited_a_worker_says_so(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    on_sqlite: PgQueue, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(isolation, "IS_LINUX", False)
     monkeypatch.setattr(isolated, "IS_LINUX", False)
     monkeypatch.setattr("resource.setrlimit", unsupported)
 
-    Worker(isolated_tasks.pgq)
+    Worker(on_sqlite)
     with isolated.limited(2**62):
         pass
 
