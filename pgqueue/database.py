@@ -35,6 +35,8 @@ from pgqueue.transaction import (
 T = TypeVar("T")
 E = TypeVar("E", sa.Engine, AsyncEngine)
 
+READ_COMMITTED = "READ COMMITTED"
+
 #: After so long the server ends the transaction of a claim, or of its end, in which a process froze.
 FROZEN_SECONDS = 30.0
 
@@ -264,6 +266,13 @@ def _at_read_committed(engine: E) -> E:
 
     At another one a heartbeat would break the transaction of a task, and with autocommit there is no transaction.
     """
-    if checked_dialect(engine.dialect.name) == POSTGRESQL:
-        return engine.execution_options(isolation_level="READ COMMITTED")
-    return engine
+    if checked_dialect(engine.dialect.name) != POSTGRESQL:
+        return engine
+    own = engine.get_execution_options().get("isolation_level", READ_COMMITTED)
+    if own != READ_COMMITTED:  # SQLAlchemy lets the options of an engine win over those of one derived from it
+        raise ConfigurationError(
+            f"the engine has the isolation level {own!r} in its execution_options, where it cannot be replaced by "
+            f"{READ_COMMITTED!r}, which pgqueue needs. Give PgQueue the engine that this one was derived from, or set "
+            f"the level by create_engine(…, isolation_level={own!r})"
+        )
+    return engine.execution_options(isolation_level=READ_COMMITTED)

@@ -62,7 +62,7 @@ def apart() -> int:
     return note()
 """
 
-QUICK = ("--queue=default=4", "--lease=1", "--sweep-interval=0.2", "--poll-interval=0.1")
+QUICK = ("--queue=default=4", "--sweep-interval=0.2", "--poll-interval=0.1")
 
 
 class Shop:
@@ -78,10 +78,10 @@ class Shop:
         self._folder = folder
         (folder / "shop.py").write_text(CODE)
 
-    def start_worker(self, listen: str = "--no-listen") -> Process:
+    def start_worker(self, *, lease: float, listen: str = "--no-listen") -> Process:
         """`pgqueue worker`, through the pooler."""
         worker = Process(
-            program("worker", "shop:pgq", *QUICK, listen),
+            program("worker", "shop:pgq", *QUICK, f"--lease={lease}", listen),
             cwd=self._folder,
             PGQUEUE_DATABASE_URL=self.pooled.url.render_as_string(hide_password=False),
             GATES=str(self.gates),
@@ -125,7 +125,7 @@ def test_workers_behind_it_do_all_that_workers_do_and_leave_nothing_in_its_sessi
     execute(shop.direct.engine, "UPDATE pgqueue.schedules SET next_tick_at = date_trunc('minute', now())")
 
     for _ in range(3):
-        shop.start_worker()
+        shop.start_worker(lease=10)
     wait_for(lambda: scalar(shop.direct.engine, "SELECT count(*) FROM pgqueue.schedule_ticks"), "the tick")
     wait_until_all_final(shop.direct)
     for worker in shop.workers:
@@ -147,11 +147,11 @@ def test_workers_behind_it_do_all_that_workers_do_and_leave_nothing_in_its_sessi
 def test_jobs_that_outlast_their_lease_are_kept_and_operators_are_obeyed(shop: Shop) -> None:
     (kept,) = shop.enqueue("hold", until="done")
     (cancelled,) = shop.enqueue("hold_async", until="never")
-    worker = shop.start_worker()
+    worker = shop.start_worker(lease=2)
     wait_for(lambda: runs_started(shop.direct) == 2, "the jobs to run")
 
-    extended = "SELECT count(*) FROM pgqueue.jobs WHERE claim_expires_at > claimed_at + interval '2.5 s'"
-    wait_for(lambda: scalar(shop.direct.engine, extended) == 2, "the lease of one second to be extended")
+    extended = "SELECT count(*) FROM pgqueue.jobs WHERE claim_expires_at > claimed_at + interval '4.5 s'"
+    wait_for(lambda: scalar(shop.direct.engine, extended) == 2, "the lease of two seconds to be extended")
     shop.command("queues", "pause", "default")
     (paused,) = shop.enqueue("note")
     shop.command("jobs", "cancel", cancelled)
@@ -174,15 +174,15 @@ def test_when_it_is_interrupted_and_workers_are_killed_nothing_is_lost_and_no_ef
     shop: Shop, bouncer: Bouncer
 ) -> None:
     ids = enqueue_load(shop.pooled, 200)
-    killed = shop.start_worker()
-    survivors = [shop.start_worker("--listen")]
+    killed = shop.start_worker(lease=1)
+    survivors = [shop.start_worker(lease=1, listen="--listen")]
 
     wait_until_completed(shop.direct, 30, "progress before the restart")
     bouncer.restart()
     wait_until_completed(shop.direct, 70, "progress before the pause")
     pause_for_longer_than_a_lease(bouncer, shop.direct)
     wait_until_completed(shop.direct, 110, "progress before the kill")
-    survivors.append(shop.start_worker())
+    survivors.append(shop.start_worker(lease=1))
     wait_for(lambda: holds_jobs(shop.direct, killed), "the victim to be busy")
     killed.signal(signal.SIGKILL)
     wait_until_all_final(shop.direct)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session
 from support import execute, scalar, wait_for
 from working import enqueue, wait_for_status, working
 
-from pgqueue import PgQueue, Retry
+from pgqueue import ConfigurationError, PgQueue, Retry
 
 
 @pytest.fixture(params=["AUTOCOMMIT", "REPEATABLE READ", "SERIALIZABLE"])
@@ -86,6 +86,23 @@ def test_an_asynchronous_engine_of_the_application_works_at_the_level_that_claim
         return found
 
     assert asyncio.run(level()) == "read committed"
+
+
+@pytest.mark.parametrize("make", [sa.create_engine, create_async_engine])
+def test_a_level_that_would_win_over_the_one_that_is_needed_is_refused(
+    pg_url: str, make: Callable[..., sa.Engine | AsyncEngine]
+) -> None:
+    """What it would do: transactional tasks without a transaction."""
+    engine = make(pg_url)
+
+    for derived in (
+        engine.execution_options(isolation_level="AUTOCOMMIT"),
+        engine.execution_options(isolation_level="SERIALIZABLE").execution_options(logging_token="shop"),
+        make(pg_url, execution_options={"isolation_level": "AUTOCOMMIT"}),
+    ):
+        with pytest.raises(ConfigurationError, match=r"isolation level '\w+' .* execution_options, .* create_engine"):
+            PgQueue(derived)
+    PgQueue(engine.execution_options(isolation_level="READ COMMITTED"))
 
 
 def test_a_disposed_queue_leaves_the_connections_of_the_applications_engine_alone(
