@@ -117,9 +117,9 @@ def shop(pg_url: str, bouncer: Bouncer, tmp_path: Path) -> Iterator[Shop]:
 def test_workers_behind_it_do_all_that_workers_do_and_leave_nothing_in_its_sessions(
     shop: Shop, pg_url: str, bouncer: Bouncer
 ) -> None:
-    ids = enqueue_load(shop.pooled, 200, seconds=0.01)
-    ids += shop.enqueue("note", 150) + shop.enqueue("alone", 10) + shop.enqueue("flaky", 10) + shop.enqueue("apart")
-    ids += shop.enqueue("hopeless", 5)
+    ids = enqueue_load(shop.pooled, 100, seconds=0.01)
+    ids += shop.enqueue("note", 60) + shop.enqueue("alone", 8) + shop.enqueue("flaky", 5) + shop.enqueue("apart")
+    ids += shop.enqueue("hopeless", 2)
     with Session(shop.pooled.engine) as session, session.begin():
         shop.pooled.schedules.upsert(session, "minutely", cron="* * * * *", task=shop.pooled.tasks["note"])
     execute(shop.direct.engine, "UPDATE pgqueue.schedules SET next_tick_at = date_trunc('minute', now())")
@@ -134,7 +134,7 @@ def test_workers_behind_it_do_all_that_workers_do_and_leave_nothing_in_its_sessi
 
     assert codes == [0, 0, 0]
     assert ledger.audit(shop.direct, acknowledged=ids) == []
-    assert statuses(shop.direct)["dead"] == 5
+    assert statuses(shop.direct)["dead"] == 2
     assert rows(shop.direct.engine, "SELECT DISTINCT task FROM pgqueue.jobs WHERE status = 'dead'") == [("hopeless",)]
     assert scalar(shop.direct.engine, "SELECT count(DISTINCT pid) FROM runs") == 4, "three workers, and the child"
     assert shop.direct.workers() == []
@@ -173,15 +173,15 @@ def test_jobs_that_outlast_their_lease_are_kept_and_operators_are_obeyed(shop: S
 def test_when_it_is_interrupted_and_workers_are_killed_nothing_is_lost_and_no_effect_repeated(
     shop: Shop, bouncer: Bouncer
 ) -> None:
-    ids = enqueue_load(shop.pooled, 200)
+    ids = enqueue_load(shop.pooled, 140)
     killed = shop.start_worker(lease=1)
     survivors = [shop.start_worker(lease=1, listen="--listen")]
 
-    wait_until_completed(shop.direct, 30, "progress before the restart")
+    wait_until_completed(shop.direct, 20, "progress before the restart")
     bouncer.restart()
-    wait_until_completed(shop.direct, 70, "progress before the pause")
+    wait_until_completed(shop.direct, 50, "progress before the pause")
     pause_for_longer_than_a_lease(bouncer, shop.direct)
-    wait_until_completed(shop.direct, 110, "progress before the kill")
+    wait_until_completed(shop.direct, 80, "progress before the kill")
     survivors.append(shop.start_worker(lease=1))
     wait_for(lambda: holds_jobs(shop.direct, killed), "the victim to be busy")
     killed.signal(signal.SIGKILL)
@@ -192,7 +192,7 @@ def test_when_it_is_interrupted_and_workers_are_killed_nothing_is_lost_and_no_ef
 
     assert codes == [0, 0]
     assert ledger.audit(shop.direct, acknowledged=ids) == []
-    assert statuses(shop.direct) == {"completed": 200}
+    assert statuses(shop.direct) == {"completed": 140}
     warnings = [worker.output().count("not listening for wake-ups") for worker in shop.workers]
     assert warnings == [0, 1, 0], "said once, whatever happens later"
 

@@ -72,9 +72,8 @@ def test_of_deployers_behind_a_pooler_and_before_it_one_migrates_and_all_succeed
     longer_history: Callable[[str], Path],
 ) -> None:
     longer_history(CONCURRENT_INDEX)
-    for _ in range(2):
-        deployers.start(bouncer.url(empty_pg_url))
-        deployers.start(empty_pg_url)
+    for url in (bouncer.url(empty_pg_url), empty_pg_url, bouncer.url(empty_pg_url)):
+        deployers.start(url)
 
     deployers.go()
 
