@@ -10,7 +10,7 @@ PYTEST_OPTIONS := --maxprocesses 4 --dist worksteal
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest lint types layers docs check bench bench-peers clean
+.PHONY: help demo test test-oldest fuzz lint types layers docs check bench bench-peers clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -53,6 +53,11 @@ OLDEST_TESTS := tests/migrations/test_history.py tests/enqueue/test_session.py t
 test-oldest: .venv-oldest/.pgqueue-test ## run tests of the database layer with the oldest libraries that are allowed, SQLAlchemy 2.0 among them
 	@# An old typing-extensions brings an old anyio, whose plugin warns of itself.
 	.venv-oldest/bin/python -m pytest -p no:anyio -n $(PYTEST_WORKERS) $(PYTEST_OPTIONS) $(or $(ARGS),$(OLDEST_TESTS))
+
+fuzz: SEED ?= $(shell date +%s)
+fuzz: $(VENV)/.pgqueue-test ## ask the HTTP application 5,000 made-up things and more on each database; make fuzz SEED=… repeats them
+	PGQUEUE_FUZZ_REQUESTS=5000 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_OPTIONS) \
+		tests/surfaces/test_http_fuzz.py --hypothesis-seed=$(SEED) $(ARGS)
 
 lint: $(VENV)/.pgqueue-lint ## check style
 	$(BIN)/ruff check .

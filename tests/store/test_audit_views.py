@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from documents import PROJECT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from jobs import add, add_one, claim, claim_one, completed, died, expire, finish, make_due, put, retried, row
 from jobs import sweep as sweep_up
 from support import execute, rows, wait_for
@@ -190,7 +194,7 @@ def test_job_history_has_every_attempt_and_who_interfered(pgq: PgQueue) -> None:
 
 
 def test_each_change_in_job_history_begins_where_the_one_before_ended(pgq: PgQueue) -> None:
-    live(pgq, random.Random(1), steps=150)
+    Lives(pgq).go_through(some_steps(random.Random(1), 150))
 
     told: dict[int, list[dict[str, Any]]] = {}
     for h in view(pgq, "job_history", "ORDER BY job_id, at, position"):
@@ -322,76 +326,141 @@ def test_one_hostile_event_hides_no_other(pgq: PgQueue) -> None:
 # jobs_as_of ------------------------------------------------------------------------------------------------
 
 
-def live(pgq: PgQueue, chance: random.Random, *, steps: int, seen: Any = lambda: None) -> None:
-    """What may happen to jobs, in any order; calls `seen` after each step."""
-    claims: list[Any] = []
+class Lives:
+    """What may happen to jobs. Each method is one thing that happens; the numbers choose among what there is."""
 
-    def end() -> None:
-        job = claims.pop(chance.randrange(len(claims))) if claims else None
-        if job is None:
-            return
-        delay = chance.choice([0, 0, 3600])
-        chance.choice(
-            [
-                lambda: pgq.ack([job]),
-                lambda: pgq.nack([job], delay=delay),
-                lambda: pgq.nack([job], error="no", delay=delay),
-                lambda: pgq.nack([job], dead=True, error="no"),
-            ]
-        )()
+    def __init__(self, pgq: PgQueue) -> None:
+        self._pgq = pgq
+        self._claims: list[Any] = []
+        self._ids: list[int] = []
 
-    def lapse() -> None:
-        expire(pgq, [job.id for job in claims[:1]])
-        sweep_up(pgq)
+    def go_through(self, steps: list[Step], seen: Callable[[], None] = lambda: None) -> None:
+        """Let these steps happen, and call `seen` after each."""
+        for name, number, other in steps:
+            with suppress(PgqueueError):  # a claim that was lost, a job that is not there or not so
+                getattr(self, name)(number, other)
+            seen()
 
-    def some_job() -> int:
-        return chance.randrange(1, 40)
+    def enqueue(self, number: int, _: int) -> None:
+        self._ids += add(self._pgq, 1 + number % 2, max_retries=1)
 
-    def lapse_before_the_start() -> None:
-        with pgq.begin() as connection:
-            jobs, past = pgq.tables.jobs, seconds_from_now(sa.literal(-1.0, sa.Float()))
-            pending = [jobs.c.id == some_job(), jobs.c.status == "pending"]
+    def enqueue_in_place_of_another(self, number: int, _: int) -> None:
+        self._ids += add(self._pgq, unique_key="ab"[number % 2], on_conflict="replace")
+
+    def claim(self, number: int, other: int) -> None:
+        self._claims += claim(self._pgq, limit=1 + number % 2, worker="ab"[other % 2])
+
+    def end(self, number: int, other: int) -> None:
+        if self._claims:
+            job, delay = self._claims.pop(number % len(self._claims)), 3600 if number % 3 == 0 else 0
+            match other % 4:
+                case 0:
+                    self._pgq.ack([job])
+                case 1:
+                    self._pgq.nack([job], delay=delay)
+                case 2:
+                    self._pgq.nack([job], error="no", delay=delay)
+                case _:
+                    self._pgq.nack([job], dead=True, error="no")
+
+    def lose_a_worker(self, number: int, _: int) -> None:
+        if self._claims:
+            expire(self._pgq, [self._claims[number % len(self._claims)].id])
+        sweep_up(self._pgq)
+
+    def expire_before_the_start(self, number: int, _: int) -> None:
+        with self._pgq.begin() as connection:
+            jobs, past = self._pgq.tables.jobs, seconds_from_now(sa.literal(-1.0, sa.Float()))
+            pending = [jobs.c.id == self._some(number), jobs.c.status == "pending"]
             connection.execute(sa.update(jobs).where(*pending).values(expires_at=past))
-        with pgq.begin() as connection:
-            expiry.expire(connection, pgq.tables, actor="sweeper")
+        with self._pgq.begin() as connection:
+            expiry.expire(connection, self._pgq.tables, actor="sweeper")
 
-    acts = [
-        *[lambda: add(pgq, chance.randrange(1, 3), max_retries=1)] * 2,
-        *[lambda: claims.extend(claim(pgq, limit=chance.randrange(1, 3), worker=chance.choice("ab")))] * 4,
-        *[end] * 4,
-        lapse,
-        lapse_before_the_start,
-        lambda: make_due(pgq),
-        lambda: add(pgq, unique_key=chance.choice("ab"), on_conflict="replace"),
-        lambda: pgq.purge(limit=1) if chance.random() < 0.2 else None,
-        *[lambda: pgq.cancel(some_job(), force=chance.choice([True, False]))] * 3,
-        lambda: pgq.replay(some_job()),
-        lambda: pgq.edit(some_job(), priority=1),
-        lambda: pgq.delete(some_job()) if chance.random() < 0.2 else None,
-    ]
-    for _ in range(steps):
-        with suppress(PgqueueError):  # a claim that was lost, a job that is not there or not so
-            chance.choice(acts)()
-        seen()
+    def let_delays_pass(self, _: int, __: int) -> None:
+        make_due(self._pgq)
+
+    def cancel(self, number: int, other: int) -> None:
+        self._pgq.cancel(self._some(number), force=other % 2 == 0)
+
+    def replay(self, number: int, _: int) -> None:
+        self._pgq.replay(self._some(number))
+
+    def edit(self, number: int, _: int) -> None:
+        self._pgq.edit(self._some(number), priority=1)
+
+    def delete(self, number: int, _: int) -> None:
+        self._pgq.delete(self._some(number))
+
+    def purge(self, _: int, __: int) -> None:
+        self._pgq.purge(limit=1)
+
+    def _some(self, number: int) -> int:
+        return self._ids[number % len(self._ids)] if self._ids else 0
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_the_state_at_any_past_moment_is_what_was_recorded_then(pgq: PgQueue, seed: int) -> None:
-    recorded: list[tuple[Any, dict[int, tuple[Any, ...]]]] = []
+#: The name of a method of Lives, and two numbers for it.
+Step = tuple[str, int, int]
 
-    def record() -> None:
-        wait_for_the_clock(pgq)
-        recorded.append((moment(pgq), present(pgq)))
-        wait_for_the_clock(pgq)
+#: What happens how often, in comparison.
+WEIGHTS = {
+    "enqueue": 4,
+    "enqueue_in_place_of_another": 2,
+    "claim": 8,
+    "end": 8,
+    "lose_a_worker": 2,
+    "expire_before_the_start": 2,
+    "let_delays_pass": 2,
+    "cancel": 6,
+    "replay": 3,
+    "edit": 2,
+    "delete": 1,
+    "purge": 1,
+}
 
-    live(pgq, random.Random(seed), steps=150, seen=record)
+NAMES = [name for name, weight in WEIGHTS.items() for _ in range(weight)]
 
-    left = set(present(pgq))
-    assert len(left) > 10
-    assert len({state[0] for _, states in recorded for state in states.values()}) == 5
-    for at, states in recorded:
-        expected = {job_id: state for job_id, state in states.items() if job_id in left}
-        assert as_of(pgq, at) == expected, at
+
+def some_steps(chance: random.Random, count: int) -> list[Step]:
+    return [(chance.choice(NAMES), chance.randrange(100), chance.randrange(100)) for _ in range(count)]
+
+
+#: Hypothesis makes up the lives: the same few in each run. PGQUEUE_PAST_EXAMPLES names how many new ones to go through.
+EXAMPLES = os.environ.get("PGQUEUE_PAST_EXAMPLES")
+
+
+def test_the_state_at_any_past_moment_is_what_was_recorded_then(pgq: PgQueue) -> None:
+    statuses: set[str] = set()
+
+    @given(
+        st.lists(st.tuples(st.sampled_from(NAMES), st.integers(0, 99), st.integers(0, 99)), min_size=10, max_size=60)
+    )
+    @settings(
+        max_examples=int(EXAMPLES or 15),
+        derandomize=not EXAMPLES,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    def check(steps: list[Step]) -> None:
+        for table in (pgq.tables.jobs, pgq.tables.job_events):
+            execute(pgq.engine, f"DELETE FROM {table.fullname}")
+        recorded: list[tuple[Any, dict[int, tuple[Any, ...]]]] = []
+
+        def record() -> None:
+            wait_for_the_clock(pgq)
+            recorded.append((moment(pgq), present(pgq)))
+            wait_for_the_clock(pgq)
+
+        Lives(pgq).go_through(steps, seen=record)
+
+        left = set(present(pgq))
+        for at, states in recorded:
+            statuses.update(state[0] for state in states.values())
+            assert as_of(pgq, at) == {job_id: state for job_id, state in states.items() if job_id in left}, at
+
+    check()
+
+    assert statuses == {"pending", "running", "completed", "dead", "cancelled"}
 
 
 def moment(pgq: PgQueue) -> Any:
