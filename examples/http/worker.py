@@ -13,6 +13,7 @@ FAIL_RATE      how many of the jobs fail for no reason; 0.2
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import random
@@ -44,7 +45,8 @@ def main() -> None:
     while not stopping.is_set():
         try:
             worked = work_once()
-        except OSError as error:  # the server is away: it will come back, and so will a job whose lease is over
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            # The server is away, or something in between answers: it will be back, and so will a job after its lease.
             log(f"the queue cannot be reached: {error}")
             worked = False
         if not worked:
@@ -99,7 +101,8 @@ def report(job: dict[str, Any], verb: str, **outcome: Any) -> None:
 
 
 def call(method: str, path: str, body: Any = None) -> Any:
-    """What the server answers; None when there is no content. OSError when it is away or refuses."""
+    """What the server answers; None when there is no content. OSError when it is away or refuses, HTTPException or
+    ValueError when what comes is no answer of its."""
     request = urllib.request.Request(
         QUEUE_URL + path,
         method=method,

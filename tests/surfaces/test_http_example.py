@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 import yaml
-from command import running
+from command import finished, running
 from documents import PROJECT, blocks
 from support import PATIENCE_SECONDS, Process, wait_for
 
@@ -86,14 +90,9 @@ class System:
         return server
 
     def work(self, name: str, **environ: str) -> Process:
-        settings = {"WORK_SECONDS": "0.1", "FAIL_RATE": "0", "LEASE_SECONDS": "2", **environ}
-        process = Process(
-            [sys.executable, str(EXAMPLE / "worker.py")],
-            cwd=self._folder,
-            WORKER_ID=name,
-            QUEUE_URL=self.url,
-            **settings,
-        )
+        settings = {"WORKER_ID": name, "QUEUE_URL": self.url, "WORK_SECONDS": "0.1", "FAIL_RATE": "0"}
+        settings |= {"LEASE_SECONDS": "2", **environ}
+        process = Process([sys.executable, str(EXAMPLE / "worker.py")], cwd=self._folder, **settings)
         self._processes.callback(process.close)
         wait_for(lambda: "started" in process.output(), f"{name} to start")
         return process
@@ -242,17 +241,138 @@ def test_a_worker_takes_only_the_types_it_names(system: System) -> None:
     assert system.jobs()[1].status == JobStatus.PENDING
 
 
-def test_the_compose_file_starts_a_server_and_three_workers() -> None:
-    services = yaml.safe_load((EXAMPLE / "compose.yaml").read_text())["services"]
+BROKEN = {
+    "an answer that ends too soon": b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{",
+    "no HTTP": b"\x00\x01\r\n\r\n",
+    "a page of some proxy's": b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>",
+    "an error": b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n",
+}
 
-    workers = [service for name, service in services.items() if name.startswith("worker-")]
+
+@pytest.mark.parametrize("answer", BROKEN.values(), ids=list(BROKEN))
+def test_a_worker_outlasts_an_answer_that_is_none(answer: bytes, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(PATIENCE_SECONDS)
+        environ = {"QUEUE_URL": f"http://127.0.0.1:{server.getsockname()[1]}"}
+        worker = Process([sys.executable, str(EXAMPLE / "worker.py")], cwd=tmp_path, **environ)
+        for _ in range(2):  # it comes again
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(answer)
+        worker.signal(signal.SIGTERM)
+
+        assert worker.wait() == 0, worker.output()
+        assert "cannot be reached" in worker.output()
+        worker.close()
+
+
+# compose.yaml ----------------------------------------------------------------------------------------------
+
+
+def services() -> dict[str, Any]:
+    """Those of compose.yaml, with the variables that it has defaults for."""
+    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (EXAMPLE / "compose.yaml").read_text())
+    found: dict[str, Any] = yaml.safe_load(text)["services"]
+    return found
+
+
+def test_the_compose_file_starts_a_server_and_three_workers() -> None:
+    workers = [service for name, service in services().items() if name.startswith("worker-")]
     variables = set(re.findall(r'environ.get\("(\w+)"', (EXAMPLE / "worker.py").read_text()))
 
     assert len(workers) == 3
     assert all(worker["environment"].keys() <= variables for worker in workers)
     assert len({worker["environment"]["WORKER_ID"] for worker in workers}) == 3
-    assert services["server"]["command"].startswith(SERVE)
-    assert (
-        services["server"]["environment"]["PGQUEUE_DATABASE_URL"]
-        == services["tables"]["environment"]["PGQUEUE_DATABASE_URL"]
-    )
+    assert {name: [*service.get("depends_on", ())] for name, service in services().items()} == {
+        "db": [],
+        "tables": ["db"],
+        "server": ["tables"],
+        **{f"worker-{number}": ["server"] for number in (1, 2, 3)},
+    }
+
+
+def test_what_the_compose_file_starts_works_together(empty_pg_url: str, tmp_path: Path) -> None:
+    """Its commands with its variables, as processes; instead of its network's names those of this machine."""
+    pgq = PgQueue(empty_pg_url)
+    here = pgq.url
+    with ExitStack() as processes:
+        system = System(pgq, empty_pg_url, tmp_path, processes)
+
+        def environ(name: str) -> dict[str, str]:
+            given: dict[str, str] = services()[name]["environment"]
+            database = sa.make_url(given.get("PGQUEUE_DATABASE_URL", empty_pg_url))
+            database = database.set(host=here.host, port=here.port, database=here.database)
+            return {
+                **{variable: value.replace("http://server:3000", system.url) for variable, value in given.items()},
+                "PGQUEUE_DATABASE_URL": database.render_as_string(hide_password=False),
+                "PORT": str(system.port),
+            }
+
+        def is_healthy() -> bool:
+            check = services()["server"]["healthcheck"]["test"].replace("http://localhost:3000", system.url)
+            done = subprocess.run(["sh", "-c", check.replace("python", sys.executable)], capture_output=True)
+            return done.returncode == 0
+
+        assert not is_healthy()
+        tables = finished(*arguments_of("tables"), cwd=tmp_path, **environ("tables"))
+        assert tables.returncode == 0, tables.stderr
+        server = processes.enter_context(running(*arguments_of("server"), cwd=tmp_path, **environ("server")))
+        wait_for(is_healthy, "the server to be healthy", every=0.1)
+        assert services()["worker-1"]["command"] == "python worker.py"
+        workers = [
+            system.work(name, **{**environ(name), "WORK_SECONDS": "0.05"}) for name in services() if "worker-" in name
+        ]
+        header = re.search(r"header `(Authorization: [^`]+)`", " ".join((EXAMPLE / "README.md").read_text().split()))
+        assert header
+        for _ in range(6):
+            asked = ask(system.port, "POST", "/task", header[1], b'{"type": "report", "payload": {}}')
+            assert asked == 202, server.output()
+        wait_for(lambda: len(pgq.list_jobs(status="completed")) == 6, "the reports")
+
+        assert {job.claimed_by for job in pgq.list_jobs()} <= {f"everybody/worker-{number}" for number in (1, 2, 3)}
+        assert all(worker.process.poll() is None for worker in workers)
+        assert ask(system.port, "GET", "/stats", "Authorization: Bearer of somebody else") == 401
+        assert ask(system.port, "GET", "/stats", header[1], host="elsewhere") == 421
+    pgq.dispose()
+
+
+def arguments_of(service: str) -> list[str]:
+    program, *arguments = shlex.split(services()[service]["command"])
+    assert program == "pgqueue"
+    return arguments
+
+
+def ask(port: int, method: str, path: str, header: str, body: bytes | None = None, host: str = "server:3000") -> int:
+    """The status of the answer to a request that comes from within the network of compose.yaml."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_SECONDS)
+    name, _, value = header.partition(": ")
+    connection.request(method, path, body, {"Host": host, "Content-Type": "application/json", name: value})
+    with connection.getresponse() as answer:
+        answer.read()
+    connection.close()
+    return answer.status
+
+
+def test_the_image_is_built_of_no_more_than_it_needs(tmp_path: Path) -> None:
+    """What its .dockerignore lets through is what the wheel and the worker are made of."""
+    ignored, *let_through = (EXAMPLE / "Dockerfile.dockerignore").read_text().split()
+    context = tmp_path / "src"
+    for line in let_through:
+        source, target = PROJECT / line.removeprefix("!"), context / line.removeprefix("!")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        elif line.startswith("!"):
+            shutil.copy(source, target)
+
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=context, check=True, capture_output=True)
+
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as built:
+        names = built.namelist()
+    assert ignored == "*"
+    assert {"pgqueue/http.py", "pgqueue/cli/serve.py", "pgqueue/migrations/env.py"} <= set(names)
+    copied = re.findall(r"/src/(\S+)", (EXAMPLE / "Dockerfile").read_text())
+    assert [path for path in copied if not (context / path).exists()] == []
