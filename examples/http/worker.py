@@ -9,6 +9,7 @@ TASK_TYPES     the types it works on, separated by commas; all
 LEASE_SECONDS  how long a job is its own; longer than any of them takes; 30
 WORK_SECONDS   how long a job takes, about; 1
 FAIL_RATE      how many of the jobs fail for no reason; 0.2
+HTTP_SECONDS   how long to wait for an answer; 10
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ TASK_TYPES = [name for name in os.environ.get("TASK_TYPES", "").split(",") if na
 LEASE_SECONDS = float(os.environ.get("LEASE_SECONDS", "30"))
 WORK_SECONDS = float(os.environ.get("WORK_SECONDS", "1"))
 FAIL_RATE = float(os.environ.get("FAIL_RATE", "0.2"))
+HTTP_SECONDS = float(os.environ.get("HTTP_SECONDS", "10"))
 
 #: How long to wait when there is nothing to do, or nobody to ask.
 IDLE_SECONDS = 1.0
@@ -111,7 +113,7 @@ def call(method: str, path: str, body: Any = None) -> Any:
     )
     if QUEUE_TOKEN:
         request.add_header("Authorization", f"Bearer {QUEUE_TOKEN}")
-    with urllib.request.urlopen(request, timeout=10) as answer:
+    with urllib.request.urlopen(request, timeout=HTTP_SECONDS) as answer:
         return json.load(answer) if answer.status != 204 else None
 
 

@@ -386,6 +386,21 @@ def test_what_was_set_by_hand_outlasts_what_the_code_declares(pgq: PgQueue) -> N
     assert (row.limits.concurrency, row.declared_by) == (1, "code")
 
 
+def test_a_queue_may_be_declared_again_and_again_by_whoever_uses_it(pgq: PgQueue, url: str) -> None:
+    consumer = PgQueue(url)
+
+    for program in (pgq, consumer, pgq):
+        for _ in range(2):
+            program.queue("default", concurrency=3)
+            program.declare_limits()
+
+    (row,) = pgq.list_limits()
+    assert (row.limits.concurrency, row.declared_by) == (3, "code")
+    jobs = put(pgq, pgq.external_task("work"), 5)
+    assert ids(claim(consumer)) == jobs[:3]
+    consumer.dispose()
+
+
 def test_a_limit_that_the_code_no_longer_declares_is_lifted(pgq: PgQueue) -> None:
     pgq.external_task("work", concurrency=1)
     pgq.declare_limits()

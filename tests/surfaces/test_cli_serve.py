@@ -10,15 +10,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+import typer.main
 from command import Command, running
 from pgbouncer import Bouncer
 from support import Process, execute, rows, wait_for
 from working import table
 
-from pgqueue import PgQueue
+from pgqueue import PgQueue, cli
 from pgqueue.serving import is_loopback
 
 TOKEN = "0123456789-a-secret"
@@ -166,6 +168,20 @@ def test_a_port_that_is_taken_is_named(pgqueue: Command) -> None:
 
 def test_a_token_file_that_is_missing_is_named(pgqueue: Command) -> None:
     assert "cannot read the tokens in 'nowhere'" in pgqueue("serve", "--token-file", "nowhere", code=2).stderr
+
+
+def test_the_port_is_3000_unless_the_environment_or_an_option_names_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PORT", raising=False)
+
+    default = port_of("--any-type")
+    monkeypatch.setenv("PORT", "4000")
+
+    assert (default, port_of("--any-type"), port_of("--port", "5000")) == (3000, 4000, 5000)
+
+
+def port_of(*arguments: str) -> Any:
+    command = typer.main.get_command(cli.app).commands["serve"]  # type: ignore[attr-defined]
+    return command.make_context("serve", list(arguments)).params["port"]
 
 
 def test_a_port_of_the_environment_is_checked(sqlite_url: str) -> None:

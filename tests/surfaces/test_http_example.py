@@ -242,6 +242,7 @@ def test_a_worker_takes_only_the_types_it_names(system: System) -> None:
 
 
 BROKEN = {
+    "nothing at all": b"",
     "an answer that ends too soon": b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{",
     "no HTTP": b"\x00\x01\r\n\r\n",
     "a page of some proxy's": b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>",
@@ -253,13 +254,14 @@ BROKEN = {
 def test_a_worker_outlasts_an_answer_that_is_none(answer: bytes, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(PATIENCE_SECONDS)
-        environ = {"QUEUE_URL": f"http://127.0.0.1:{server.getsockname()[1]}"}
+        environ = {"QUEUE_URL": f"http://127.0.0.1:{server.getsockname()[1]}", "HTTP_SECONDS": "0.2"}
         worker = Process([sys.executable, str(EXAMPLE / "worker.py")], cwd=tmp_path, **environ)
         for _ in range(2):  # it comes again
             connection, _ = server.accept()
             with connection:
                 connection.recv(65536)
                 connection.sendall(answer)
+                connection.recv(65536) if not answer else None  # until the worker has waited for long enough
         worker.signal(signal.SIGTERM)
 
         assert worker.wait() == 0, worker.output()

@@ -105,6 +105,20 @@ def test_a_failing_job_is_retried_until_its_retries_are_used_and_then_is_dead(pg
     assert (report.retried, report.dead, report.completed) == (2, 1, 0)
 
 
+def test_without_retries_the_first_failure_is_logged_and_makes_the_job_dead(
+    pgq: PgQueue, caplog: pytest.LogCaptureFixture
+) -> None:
+    failing = pgq.task(retry=Retry(max_retries=0), name="failing")(boom)
+    job_id = enqueue(failing)
+
+    report = drain(pgq)
+
+    job = pgq.get_job(job_id)
+    assert (job.status, job.attempt, job.retries) == ("dead", 1, 0)
+    assert f"task failing, job {job_id}, attempt 1 failed with ValueError; no retries allowed" in caplog.text
+    assert (report.dead, report.retried) == (1, 0)
+
+
 def test_each_failed_attempt_is_recorded_with_its_error(pgq: PgQueue) -> None:
     @pgq.task(retry=AT_ONCE)
     def failing() -> None:

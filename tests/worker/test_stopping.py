@@ -115,6 +115,21 @@ def test_a_stopped_worker_claims_nothing_more(pgq: PgQueue, gate: Gate) -> None:
     assert pgq.get_job(late).status == "pending"
 
 
+def test_an_idle_worker_ends_at_once_when_it_is_stopped_however_seldom_it_looks(pgq: PgQueue) -> None:
+    @pgq.task
+    def works() -> None: ...
+
+    job_id = enqueue(works)
+
+    with working(pgq, poll_interval=300, sweep_interval=300, heartbeat_interval=9) as worker:
+        wait_for_status(pgq, job_id, "completed")
+        began = time.monotonic()
+        worker.stop()
+        worker.join(PATIENCE_SECONDS)
+
+    assert time.monotonic() - began < 5
+
+
 def test_a_job_that_does_not_end_in_time_is_given_back_and_its_late_outcome_refused(
     pgq: PgQueue, gate: Gate, caplog: pytest.LogCaptureFixture
 ) -> None:
