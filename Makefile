@@ -50,9 +50,9 @@ OLDEST_TESTS := tests/migrations/test_history.py tests/enqueue/test_session.py t
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -c tests/oldest.txt
 	@touch $@
 
-test-oldest: .venv-oldest/.pgqueue-test ## run tests of the database layer with the oldest libraries that are allowed, SQLAlchemy 2.0 among them
+test-oldest: .venv-oldest/.pgqueue-test ## run tests of the database layer with the oldest libraries that are allowed, SQLAlchemy 2.0 among them, and the oldest PostgreSQL found
 	@# An old typing-extensions brings an old anyio, whose plugin warns of itself.
-	.venv-oldest/bin/python -m pytest -p no:anyio -n $(PYTEST_WORKERS) $(PYTEST_OPTIONS) $(or $(ARGS),$(OLDEST_TESTS))
+	.venv-oldest/bin/python -m pytest -p no:anyio --pg oldest -n $(PYTEST_WORKERS) $(PYTEST_OPTIONS) $(or $(ARGS),$(OLDEST_TESTS))
 
 fuzz: SEED ?= $(shell date +%s)
 fuzz: $(VENV)/.pgqueue-test ## ask the HTTP application 5,000 made-up things and more on each database; make fuzz SEED=… repeats them

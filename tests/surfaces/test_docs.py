@@ -79,6 +79,13 @@ NOT_RUN = {
     ". .venv/bin/activate": "likewise",
     "pip install '../pgqueue[binary]' pytest": "likewise",
     "createdb shop": "each test has a database",
+    "createdb shop_test": "likewise",
+    "export PGQUEUE_DATABASE_URL=postgresql:///shop_test": "likewise",
+    "sudo useradd --system shop": "changes the machine",
+    "sudo cp shop-worker.service /etc/systemd/system/": "likewise",
+    "sudo systemctl daemon-reload": "likewise",
+    "sudo systemctl enable --now shop-worker": "likewise",
+    "journalctl --unit shop-worker": "likewise",
     "export PGQUEUE_DATABASE_URL=postgresql:///shop": "likewise",
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+import tomllib
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -15,12 +16,14 @@ import sqlalchemy as sa
 import typer.main
 from documents import PROJECT, Block, Reader, blocks, table_below
 from forks import Forks
+from packaging.requirements import Requirement
 from sqlalchemy import event
 from sqlalchemy.orm import Session
 from support import execute, rows
 
 from pgqueue import JobStatus, PgQueue, Worker, WorkerConfig, cli
 from pgqueue.cli.program import EXIT_CODES, FAILURE
+from pgqueue.dialect import SQLITE_VERSION_MIN
 from pgqueue.supervisor import DRAINED_WITH_DEAD
 
 README = PROJECT / "README.md"
@@ -207,6 +210,24 @@ def test_every_line_of_the_promise_names_a_test() -> None:
 
     assert len(lines) >= 8
     assert [line for line in lines if "`tests/" not in line] == []
+
+
+def test_what_is_needed_is_what_the_package_asks_for() -> None:
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    (sqlalchemy,) = (Requirement(line) for line in project["dependencies"] if line.startswith("SQLAlchemy"))
+
+    found = re.search(
+        r"Python ([\d.]+) or newer, SQLAlchemy ([\d.]+) to ([\d.]+), and PostgreSQL (\d+) or newer, or SQLite ([\d.]+)",
+        README.read_text(),
+    )
+
+    assert found
+    python, lowest, highest, postgresql, sqlite = found.groups()
+    assert project["requires-python"] == f">={python}"
+    assert f"{highest}.99" in sqlalchemy.specifier
+    assert {str(one) for one in sqlalchemy.specifier if one.operator == ">="} == {f">={lowest}"}
+    assert sqlite == ".".join(map(str, SQLITE_VERSION_MIN[:2]))
+    assert f"PostgreSQL server ({postgresql} or newer)" in (PROJECT / "docs" / "tutorial.md").read_text()
 
 
 def test_the_settings_of_a_worker_are_described_with_their_defaults() -> None:
