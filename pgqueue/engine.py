@@ -410,6 +410,11 @@ def explain(error: exc.DBAPIError, url: sa.URL) -> PgqueueError | None:
             f"{where}: {message}. A pooler in transaction mode mixes up what its clients prepare; make the engine with "
             'connect_args={"prepare_threshold": None}'
         )
+    if "query_wait_timeout" in message:
+        return DatabaseUnreachable(
+            f"cannot use {where}: {message}, which is how long the pooler waits until one of its server connections is "
+            "free; all of them were taken. Give it more of them (default_pool_size)"
+        )
     if "invalid connection option" in message:
         return ConfigurationError(f"{where}: {message}")
     if "unable to open database file" in message:

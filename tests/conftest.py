@@ -13,12 +13,16 @@ import pgbouncer
 import pgserver
 import pytest
 import sqlalchemy as sa
+from hypothesis import settings
 
 import pgqueue
 from pgqueue import PgQueue, migration
 from pgqueue.engine import make_engine
 
 _serial = itertools.count(1)
+
+settings.register_profile("patient", deadline=None)  # how long an example takes is the machine's affair
+settings.load_profile("patient")
 
 
 def pytest_configure(config: pytest.Config) -> None:
