@@ -250,6 +250,13 @@ class Task(Generic[P, R]):
                 f"a middleware gave the enqueue of task {self.name!r} an option {name!r}; options are: "
                 + ", ".join(_OPTIONS)
             )
+        if not isinstance(request.payloads, list):
+            raise ConfigurationError(
+                f"a middleware must leave the payloads of task {self.name!r} a list, "
+                f"got {type(request.payloads).__name__}"
+            )
+        for payload in request.payloads:
+            require_mapping(payload, self.name)
         if len(request.payloads) != len(payloads):
             raise ConfigurationError(
                 f"a middleware made {len(request.payloads)} payloads of {len(payloads)} for task {self.name!r}; it may "

@@ -282,5 +282,8 @@ def job_filter(
     if (isinstance(after, datetime) and isinstance(before, datetime) and after >= before) or (
         isinstance(after, float) and isinstance(before, float) and after <= before
     ):
-        raise ConfigurationError(f"since must be earlier than until, or no job fits; got since {since}, until {until}")
+        ago = " ago" if isinstance(after, float) else ""
+        raise ConfigurationError(
+            f"since must be earlier than until, or no job fits; got since {since}{ago} until {until}{ago}"
+        )
     return JobFilter(status, queue, task, error_type, after, before, tags)

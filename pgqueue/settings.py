@@ -29,6 +29,7 @@ from pgqueue.config import (
     parse_queues,
 )
 from pgqueue.errors import ConfigurationError
+from pgqueue.task import checked_name
 
 FILE_NAME = "pgqueue.toml"
 PROJECT_FILE_NAME = "pyproject.toml"
@@ -55,6 +56,9 @@ def _queues(value: Any) -> Any:
         return parse_queues([value], None)
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return parse_queues(value, None)
+    if isinstance(value, Mapping):
+        for name in value:
+            checked_name("queue", name)
     return value
 
 

@@ -276,6 +276,8 @@ def edit_job(
     Example:
       pgqueue jobs edit 17 --payload '{"file": "b.jpg"}' --reason "wrong file"
     """
+    if payload is None and priority is None and max_retries is None:
+        raise typer.BadParameter("say what to change: --payload, --priority or --max-retries")
     content = None if payload is None else _payload(payload)
     with opened(settings) as pgq:
         pgq.edit(job_id, payload=content, priority=priority, max_retries=max_retries, reason=reason, actor=actor())

@@ -86,8 +86,9 @@ Tags = Annotated[
 
 def moment(text: str) -> datetime:
     try:
-        return datetime.fromisoformat(text)
+        found = datetime.fromisoformat(text)
     except ValueError:
-        raise typer.BadParameter(
-            f"expected ISO 8601 with a time zone, such as 2030-01-31T12:00:00Z, got {text!r}"
-        ) from None
+        found = None
+    if found is None or found.tzinfo is None:
+        raise typer.BadParameter(f"expected ISO 8601 with a time zone, such as 2030-01-31T12:00:00Z, got {text!r}")
+    return found

@@ -121,14 +121,14 @@ def exit_code(error: PgqueueError) -> int:
 
 
 def _show_usage_error(error: Any) -> int:
-    context = error.ctx
+    context, message = error.ctx, error.format_message().replace(": Value error, ", ": ")
     if type(error).__name__ == "NoArgsIsHelpError":  # the help is what is shown
-        if error.format_message():
-            print_error(error.format_message())
+        if message:
+            print_error(message)
     elif context is None:
-        print_error(f"error: {error.format_message()}")
+        print_error(f"error: {message}")
     else:
-        print_error(f"{context.get_usage()}\nTry: {context.command_path} --help\nerror: {error.format_message()}")
+        print_error(f"{context.get_usage()}\nTry: {context.command_path} --help\nerror: {message}")
     return int(error.exit_code)
 
 

@@ -195,6 +195,7 @@ def test_a_flag_of_the_environment_is_a_word(folder: Path, text: str) -> None:
         ('queues = "a b"', "queues must be queues with their concurrency, such as"),
         ('queues = ["a", "a"]', "(queue 'a' is named twice)"),
         ("queues = { a = 0 }", "queues must be"),
+        ('queues = { "a b" = 1 }', "queue name must be 1 to 128 letters"),
         ("queues = {}", "queues must be"),
         ("queues = []", "queues must be"),
         ("app = 5", "app must be a text such as myapp.jobs:pgq, got 5"),

@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from pgqueue import (
     ConfigurationError,
+    EnqueueRequest,
     InvalidPayload,
     NotAwaited,
     PgQueue,
@@ -165,6 +166,21 @@ def send(pgq: PgQueue, connection: sa.Connection, way: str, value: Any) -> None:
             session.add(task.new(value=value))
     else:
         task.using(metadata={"value": value}).enqueue(connection)
+
+
+@pytest.mark.parametrize(
+    ("payloads", "kind", "words"),
+    [(None, ConfigurationError, "must leave the payloads of task 'work' a list"), ([5], InvalidPayload, "a mapping")],
+)
+def test_payloads_that_a_middleware_made_of_others(
+    pgq: PgQueue, payloads: Any, kind: type[PgqueueError], words: str
+) -> None:
+    @pgq.middleware("enqueue")
+    def break_it(request: EnqueueRequest) -> None:
+        request.payloads = payloads
+
+    with refused(pgq, kind, words) as connection:
+        external(pgq).enqueue(connection, n=1)
 
 
 def test_metadata_that_is_no_mapping(pgq: PgQueue) -> None:

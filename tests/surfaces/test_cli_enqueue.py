@@ -67,7 +67,7 @@ def test_a_job_can_be_put_off(pgqueue: Command, pgq: PgQueue) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--at", "2040-01-01T00:00:00"], "at must say its time zone"),
+        (["--at", "2040-01-01T00:00:00"], "expected ISO 8601 with a time zone"),
         (["--at", "2040-01-01T00:00:00Z", "--in", "5m"], "give either delay or at"),
         (["--queue", "a;b"], "queue name must be"),
         (["--queue", 'a"b'], "queue name must be"),

@@ -356,7 +356,7 @@ def test_a_job_that_cannot_be_replayed_is_named_and_the_others_are(
         (("replay", "--all", "--since", "2030-01-31T12:00:00"), "expected how long ago"),
         (("replay", "--all", "--tag", "tenant"), "expected KEY=VALUE"),
         (("replay", "--all", "--limit", "0"), "--limit"),
-        (("edit", "1"), "something to change"),
+        (("edit", "1"), "--payload, --priority or --max-retries"),
         (("edit", "1", "--payload", "{"), "the payload is not JSON"),
         (("export", "-o", "table"), "an export is written as jsonl, got -o table"),
         (("export", "--force"), "--force needs --file"),
