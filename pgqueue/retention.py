@@ -70,7 +70,9 @@ def _delete(connection: sa.Connection, tables: Tables, transitions: Sequence[Tra
     with_events: set[int] = set()
     gone: set[store.Claim] = set()
     for token, ids in by_claim.items():
-        for job_id, has_events in connection.execute(_delete_alike(tables), {"ids": sorted(ids), "token": token}):
+        for job_id, has_events in dialect.execute(
+            connection, _delete_alike(tables), {"ids": sorted(ids), "token": token}
+        ):
             gone.add((job_id, token))
             if has_events:
                 with_events.add(job_id)
@@ -111,7 +113,7 @@ def _complete(connection: sa.Connection, tables: Tables, transitions: Sequence[T
         {"id": t.job_id, "token": t.claim_token.hex, "keep": t.keep_seconds, "result": t.result_json} for t in ordered
     ]
     document = pydantic_core.to_json(rows).decode()
-    return set(connection.execute(_complete_keeping(tables), {"finished": document}).scalars())
+    return set(dialect.execute(connection, _complete_keeping(tables), {"finished": document}).scalars())
 
 
 @cache

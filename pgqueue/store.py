@@ -397,13 +397,13 @@ def lanes(
     """The priorities that pending jobs of one queue have, the highest first; and whether claims from it have to keep
     limits (False when nothing is pending). For PostgreSQL."""
     parameters = {"of_queue": queue, **({} if tasks is None else {"tasks": list(tasks)})}
-    rows = connection.execute(_lanes(tables, tasks is not None), parameters).all()
+    rows = dialect.execute(connection, _lanes(tables, tasks is not None), parameters).all()
     return [priority for priority, _ in rows], any(limited for _, limited in rows)
 
 
 def is_any_pending(connection: sa.Connection, tables: Tables, *, queue: str) -> bool:
     """Whether there is a lane at all: a third of the work of `lanes`, for an idle worker. For PostgreSQL."""
-    return connection.execute(_first_lane(tables), {"of_queue": queue}).first() is not None
+    return dialect.execute(connection, _first_lane(tables), {"of_queue": queue}).first() is not None
 
 
 @cache
@@ -457,7 +457,7 @@ def claim(
         if marks is None:
             marks = [(priority, None, 0) for priority in lanes(connection, tables, queue=queue)[0]]
         parameters["lanes"] = lanes_document(marks)
-    rows = connection.execute(_claim(tables, tasks is not None, flush), parameters).all()
+    rows = dialect.execute(connection, _claim(tables, tasks is not None, flush), parameters).all()
     return claimed_jobs(rows, queue=queue, worker=worker, token=token)
 
 
@@ -600,8 +600,8 @@ def extend(connection: sa.Connection, tables: Tables, claims: Iterable[Claim], *
     matches, and is not extended.
     """
     document = _claims_document(claims)
-    connection.execute(_extend(tables), {"claims": document, "lease": lease})
-    return {row.id: bool(row.asked) for row in connection.execute(_held(tables), {"claims": document})}
+    dialect.execute(connection, _extend(tables), {"claims": document, "lease": lease})
+    return {row.id: bool(row.asked) for row in dialect.execute(connection, _held(tables), {"claims": document})}
 
 
 def _claims_document(claims: Iterable[Claim]) -> str:
@@ -630,7 +630,9 @@ def _extend(tables: Tables) -> sa.Update:
 
 def asked_to_stop(connection: sa.Connection, tables: Tables, *, worker: str) -> list[Claim]:
     """Of the claims that a worker holds, those that somebody asked to stop."""
-    return [(row.id, row.claim_token) for row in connection.execute(_asked_to_stop(tables), {"worker": worker})]
+    return [
+        (row.id, row.claim_token) for row in dialect.execute(connection, _asked_to_stop(tables), {"worker": worker})
+    ]
 
 
 @cache
@@ -664,9 +666,11 @@ def finish(connection: sa.Connection, tables: Tables, transitions: Sequence[Tran
     alike, completed = _alike(completed)
     for token, ids in alike.items():
         parameters = {"ids": sorted(ids), "token": token}
-        written.update(connection.execute(_complete_alike(tables), parameters).scalars())
+        written.update(dialect.execute(connection, _complete_alike(tables), parameters).scalars())
     if completed:
-        written.update(connection.execute(_complete(tables), {"finished": _completed_document(completed)}).scalars())
+        written.update(
+            dialect.execute(connection, _complete(tables), {"finished": _completed_document(completed)}).scalars()
+        )
     if others:
         moved = {row.id: row for row in connection.execute(_move(tables), {"finished": _moved_document(others)})}
         written.update(moved)
@@ -923,7 +927,7 @@ def release_claim(connection: sa.Connection, tables: Tables, token: uuid.UUID, *
 def upkeep(connection: sa.Connection, tables: Tables) -> tuple[bool, bool, bool]:
     """Whether there is something to sweep, pending jobs that have expired, and something to prune because its time has
     come. One statement."""
-    lapsed, expired, prunable = connection.execute(_upkeep(tables)).one()
+    lapsed, expired, prunable = dialect.execute(connection, _upkeep(tables), {}).one()
     return bool(lapsed), bool(expired), bool(prunable)
 
 
@@ -951,7 +955,7 @@ def sweep(connection: sa.Connection, tables: Tables, *, limit: int, actor: str) 
     One statement, which checks the lease again once it has the row's lock: a job that was just finished or
     extended is left alone.
     """
-    swept = connection.execute(_sweep(tables), {"limit": limit}).all()
+    swept = dialect.execute(connection, _sweep(tables), {"limit": limit}).all()
     for status in (JobStatus.PENDING, JobStatus.DEAD, JobStatus.CANCELLED):
         record_all(
             connection,
