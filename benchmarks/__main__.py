@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from benchmarks.scenarios import ROWS
 from benchmarks.systems import PEER_NAMES, SYSTEMS, Bench, Refused
 
 RESULTS = Path(__file__).resolve().parent / "results"
+TABLE = "table.md"
 
 
 def main() -> None:
@@ -50,14 +52,14 @@ def main() -> None:
             wanted &= set(options.systems)
         bench = Bench(cluster)
         try:
-            measure(bench, rows, wanted, options, samples, console)
+            for _ in measure(bench, rows, wanted, options, samples, console):
+                save(options.output, rows, about, samples, options)  # a run takes hours and may be interrupted
         finally:
             bench.close()
     finally:
         cluster.stop()
-    text = render(rows, samples, about, options)
-    print(text, end="")
-    save(options.output, text, about, samples, options)
+    save(options.output, rows, about, samples, options)
+    print((options.output / TABLE).read_text(), end="")
     if not plot.draw(rows, samples, options.output / "plot.svg"):
         print("no picture: nothing to compare, or matplotlib is not installed", file=sys.stderr)
 
@@ -115,7 +117,8 @@ def installed_peers() -> dict[str, str]:
 
 def measure(
     bench: Bench, rows: list[Row], wanted: set[str], options: argparse.Namespace, samples: Samples, console: Console
-) -> None:
+) -> Iterator[None]:
+    """Measures a row with each step."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         for row in rows:
@@ -136,6 +139,7 @@ def measure(
                     progress.advance(task)
                     if not console.is_terminal:
                         console.print(f"row {row.number}, {repetition + 1} of {repeat}, {system.name}", highlight=False)
+            yield
 
 
 def render(rows: list[Row], samples: Samples, about: list[str], options: argparse.Namespace) -> str:
@@ -153,9 +157,9 @@ def render(rows: list[Row], samples: Samples, about: list[str], options: argpars
     return "\n\n".join(parts) + "\n"
 
 
-def save(folder: Path, text: str, about: list[str], samples: Samples, options: argparse.Namespace) -> None:
+def save(folder: Path, rows: list[Row], about: list[str], samples: Samples, options: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(text)
+    (folder / TABLE).write_text(render(rows, samples, about, options))
     document = {
         "about": about,
         "at": datetime.now(UTC).isoformat(),
