@@ -29,6 +29,9 @@ _SQLITE_BEGIN = "BEGIN IMMEDIATE"
 #: The SQLSTATE of a statement that waited for a lock as long as it may.
 LOCK_NOT_AVAILABLE = "55P03"
 
+#: What PgBouncer says when it had no server connection to give. Then the transaction did not begin.
+QUERY_WAIT_TIMEOUT = "query_wait_timeout"
+
 #: The longest timeout that PostgreSQL knows.
 IDLE_MILLISECONDS_MAX = 2**31 - 1
 
@@ -410,7 +413,7 @@ def explain(error: exc.DBAPIError, url: sa.URL) -> PgqueueError | None:
             f"{where}: {message}. A pooler in transaction mode mixes up what its clients prepare; make the engine with "
             'connect_args={"prepare_threshold": None}'
         )
-    if "query_wait_timeout" in message:
+    if QUERY_WAIT_TIMEOUT in message:
         return DatabaseUnreachable(
             f"cannot use {where}: {message}, which is how long the pooler waits until one of its server connections is "
             "free; all of them were taken. Give it more of them (default_pool_size)"

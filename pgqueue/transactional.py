@@ -13,12 +13,12 @@ from sqlalchemy.orm import Session
 
 from pgqueue import store
 from pgqueue.assignment import Assignment
-from pgqueue.engine import end_if_frozen, is_transient
+from pgqueue.engine import QUERY_WAIT_TIMEOUT, end_if_frozen, is_transient
 from pgqueue.errors import IllegalTransition
 from pgqueue.executor import execute_async, outcome_of
 from pgqueue.finishing import Finisher
 from pgqueue.holds import Holds
-from pgqueue.job import ClaimedJob, Completed, Outcome, Released
+from pgqueue.job import ClaimedJob, Completed, Failed, Outcome, Released
 from pgqueue.progressing import Progress
 from pgqueue.retry import Retry, decide
 from pgqueue.task import TaskDefinition
@@ -68,8 +68,9 @@ class Transactional:
                     connection.invalidate()  # the timeout may have struck anywhere in the driver
                     return None
                 if not isinstance(outcome, Completed):
+                    begun = not connection.invalidated or _has_begun(outcome)
                     session.rollback()
-                    return outcome
+                    return outcome if begun else NOT_BEGUN
                 session.flush()
                 ending = self._holds.begin_end(job)
                 if not ending:
@@ -106,8 +107,9 @@ class Transactional:
                 guard = CommitGuard(session.sync_session, sync_connection, definition)
                 outcome = await execute_async(definition, job, session)
                 if not isinstance(outcome, Completed):
+                    begun = not connection.invalidated or _has_begun(outcome)
                     await session.rollback()
-                    return outcome
+                    return outcome if begun else NOT_BEGUN
                 await session.flush()
                 ending = self._holds.begin_end(job)
                 if not ending:
@@ -157,7 +159,16 @@ def _outcome_of_broken(outcome: Outcome | None, error: BaseException, policy: Re
     After a commit whose answer was lost this may be a completed job: then its claim is over, and the fence refuses
     what the finisher is about to write. A task that had already said how its attempt ends is heard.
     """
-    return outcome_of(error, policy) if outcome is None or isinstance(outcome, Completed) else outcome
+    if outcome is not None and not isinstance(outcome, Completed):
+        return outcome
+    broken = outcome_of(error, policy)
+    return broken if _has_begun(broken) else NOT_BEGUN
+
+
+def _has_begun(outcome: Outcome) -> bool:
+    """Whether the transaction of this attempt, whose connection broke, had begun. A pooler can be reached, and yet
+    have no connection to the server."""
+    return not (isinstance(outcome, Failed) and QUERY_WAIT_TIMEOUT in outcome.error.message)
 
 
 class CommitGuard:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import sqlalchemy as sa
 from pgbouncer import Bouncer
 from pgserver import Server
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 from support import scalar, wait_for
-from working import drain, enqueue, wait_for_status, working
+from working import Gate, drain, enqueue, events, wait_for_status, working
 
-from pgqueue import ConfigurationError, PgQueue, pooler
+from pgqueue import ConfigurationError, PgQueue, Retry, checkout, pooler
 from pgqueue.engine import explain, make_engine
 
 NEVER = 1_000.0
@@ -123,6 +126,56 @@ def test_an_engine_that_prepares_statements_is_none_to_worry_about_without_a_poo
 
     engine.dispose()
     assert caplog.records == []
+
+
+def test_a_transactional_task_that_gets_no_server_connection_is_given_back_with_no_retry_charged(
+    pg_url: str, pg_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkout, "FRESH_SECONDS", 1_000.0)  # or a connection may be found wanting before the task
+    gate = Gate()
+    bouncer = Bouncer(pg_server, default_pool_size=1, query_wait_timeout=1)
+    pgq = PgQueue(bouncer.url(pg_url))
+    refused: list[str] = []
+
+    @pgq.task(transactional=True)
+    def hold(session: Session) -> None:
+        session.execute(sa.text("SELECT 1"))  # takes the only one
+        gate.pass_through()
+
+    @pgq.task(transactional=True, retry=Retry(max_retries=0))
+    def wait(session: Session) -> None:
+        wait_for(lambda: gate.came, "the connection to be taken")
+        with refusals("def"):
+            session.execute(sa.text("SELECT 1"))
+
+    @pgq.task(transactional=True, retry=Retry(max_retries=0))
+    async def wait_async(session: AsyncSession, patient: bool = True) -> None:
+        while patient and not gate.came:
+            await asyncio.sleep(0.01)
+        with refusals("async def"):
+            await session.execute(sa.text("SELECT 1"))
+
+    @contextmanager
+    def refusals(kind: str) -> Iterator[None]:
+        try:
+            yield
+        except sa.exc.OperationalError:
+            refused.append(kind)
+            raise
+
+    with working(pgq, listen=False):
+        wait_for_status(pgq, enqueue(wait_async, patient=False), "completed")  # there is an asynchronous connection now
+        ids = [enqueue(task) for task in (wait, wait_async, hold)]
+        wait_for(lambda: len(refused) == 2, "both to be refused a connection")
+        gate.open()
+        for job_id in ids:
+            wait_for_status(pgq, job_id, "completed")
+
+    assert sorted(refused) == ["async def", "def"]
+    assert [pgq.get_job(job_id).retries for job_id in ids] == [0, 0, 0]
+    assert events(pgq, ids[0]) == events(pgq, ids[1]) == ["release"]
+    pgq.dispose()
+    bouncer.close()
 
 
 def test_the_error_about_a_lost_prepared_statement_says_what_to_do(pg_url: str, bouncer: Bouncer) -> None:
