@@ -368,7 +368,9 @@ def object_of(dialect_name: str, key: sa.ColumnElement[str], value: sa.ColumnEle
 # Statements ------------------------------------------------------------------------------------------------
 
 
-def execute(connection: sa.Connection, statement: sa.Executable, parameters: dict[str, Any]) -> sa.CursorResult[Any]:
+def execute(
+    connection: sa.Connection, statement: sa.Executable, parameters: dict[str, Any]
+) -> sa.CursorResult[*tuple[Any, ...]]:
     """As `connection.execute`, for statements that are kept: with psycopg as text, which takes half the client's time.
 
     What comes back is as the driver gives it.
