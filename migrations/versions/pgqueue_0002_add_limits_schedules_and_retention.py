@@ -1075,15 +1075,15 @@ $function$
 
 def _wrong_argument() -> str:
     """An expression: what is wrong with the arguments, in the words of an enqueue from Python; NULL: nothing."""
-    name_rule = "~ '^[A-Za-z0-9_][A-Za-z0-9_.:-]{0,127}$'"
+    name_rule = "~ '^[A-Za-z0-9_][A-Za-z0-9_.:-]*$'"  # with a bound in it, it takes twenty times as long
     a_name = "name must be 1 to 128 letters, digits or any of _ . : - and not start with a sign"
     moment_rule = "BETWEEN '1970-01-01 00:00+00' AND '9000-01-01 00:00+00'"
     a_moment = "must lie between the years 1970 and 9000"
     an_object = "must be a JSON object"
     a_key = "must have 1 to 512 characters"
     rules = [  # argument, what is looked at, the rule, its words, and whether the argument may be NULL
-        ("task", "task", name_rule, a_name, False),
-        ("queue", "queue", name_rule, a_name, False),
+        ("task", "task", f"{name_rule} AND length(task) <= 128", a_name, False),
+        ("queue", "queue", f"{name_rule} AND length(queue) <= 128", a_name, False),
         ("payload", "jsonb_typeof(payload)", "= 'object'", an_object, False),
         ("metadata", "jsonb_typeof(metadata)", "= 'object'", an_object, False),
         ("priority", "priority", "BETWEEN -32768 AND 32767", "must be between -32768 and 32767", False),
