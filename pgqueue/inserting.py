@@ -14,7 +14,7 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session, object_session
 
-from pgqueue import limits, store, uniqueness
+from pgqueue import dialect, limits, store, uniqueness
 from pgqueue.actor import default_actor
 from pgqueue.admission import Limits
 from pgqueue.config import DEFAULT_QUEUE
@@ -170,7 +170,7 @@ class Inserter(Database):
         declared = self._queue_limits.get(queue)
         if declared is None or declared.max_depth is None:
             return True
-        deadline = time.monotonic() + (self._block_seconds[queue] if may_block else 0.0)
+        deadline = time.monotonic() + self._block_seconds[queue]
         wait = BLOCKED_SECONDS_MIN
         while True:
             kept = limits.get_limits(connection, tables, "queue", queue) or declared
@@ -185,11 +185,17 @@ class Inserter(Database):
             if kept.on_full == "drop" and may_block:
                 return False
             left = deadline - time.monotonic()
-            if kept.on_full != "block" or left <= 0 or new > kept.max_depth:
-                waited = kept.on_full == "block" and may_block and left <= 0
+            blocks = kept.on_full == "block" and may_block
+            can_wait = dialect.writes_at_once(tables.dialect_name)
+            if not blocks or not can_wait or left <= 0 or new > kept.max_depth:
+                why = ""
+                if blocks and not can_wait:
+                    why = "; an enqueue cannot wait on SQLite: its transaction keeps out whoever could make room"
+                elif blocks and left <= 0:
+                    why = " (waited as long as block_timeout allows)"
                 raise QueueFull(
                     f"queue {queue!r} is full: {depth} jobs are pending, {new} more would be over its max_depth of "
-                    f"{kept.max_depth}" + (" (waited as long as block_timeout allows)" if waited else "")
+                    f"{kept.max_depth}{why}"
                 )
             pause(connection, min(wait, left))
             wait = min(wait * 2, BLOCKED_SECONDS_MAX)

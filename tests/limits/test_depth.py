@@ -92,12 +92,23 @@ def test_a_blocked_enqueue_goes_on_once_there_is_room(pg: PgQueue) -> None:
     assert count(pg) == 2
 
 
-def test_a_blocked_enqueue_gives_up_after_its_time(pgq: PgQueue) -> None:
-    pgq.queue("default", max_depth=1, on_full="block", block_timeout=0.1)
-    put(pgq, pgq.external_task("work"))
+def test_a_blocked_enqueue_gives_up_after_its_time(pg: PgQueue) -> None:
+    pg.queue("default", max_depth=1, on_full="block", block_timeout=0.1)
+    put(pg, pg.external_task("work"))
 
     with pytest.raises(QueueFull, match="block_timeout"):
+        put(pg, pg.external_task("work"))
+
+
+def test_on_sqlite_where_nobody_could_make_room_an_enqueue_does_not_wait(sqlite_url: str) -> None:
+    pgq = PgQueue(sqlite_url)
+    pgq.queue("default", max_depth=1, on_full="block", block_timeout=1e6)
+    put(pgq, pgq.external_task("work"))
+
+    with pytest.raises(QueueFull, match="cannot wait on SQLite"):
         put(pgq, pgq.external_task("work"))
+
+    pgq.dispose()
 
 
 def test_a_blocked_enqueue_leaves_the_event_loop_to_others(pg: PgQueue, pg_url: str) -> None:
