@@ -83,6 +83,7 @@ class WorkerConfig:
     """Stop after so many jobs; None: never."""
 
     def __post_init__(self) -> None:
+        self._check_types()
         if not self.queues:
             raise ConfigurationError("a worker needs at least one queue")
         for queue, concurrency in self.queues.items():
@@ -98,18 +99,44 @@ class WorkerConfig:
                 f"({self.lease / 2:g} s), got {self.heartbeat_interval!r}"
             )
         for name in ("poll_interval", "sweep_interval"):
-            if not 0 < getattr(self, name) < float("inf"):
+            if not 0 < getattr(self, name) <= DELAY_SECONDS_MAX:
                 raise ConfigurationError(f"{name} must be more than 0 seconds, got {getattr(self, name)!r}")
-        if not 0 <= self.shutdown_timeout < float("inf"):
+        if not 0 <= self.shutdown_timeout <= DELAY_SECONDS_MAX:
             raise ConfigurationError(f"shutdown_timeout must be 0 seconds or more, got {self.shutdown_timeout!r}")
         if self.prefetch is not None and not 0 <= self.prefetch <= 10_000:
             raise ConfigurationError(f"prefetch must be between 0 and 10000, got {self.prefetch!r}")
         if self.max_jobs is not None and self.max_jobs < 1:
             raise ConfigurationError(f"max_jobs must be at least 1, got {self.max_jobs!r}")
 
+    def _check_types(self) -> None:
+        if not isinstance(self.queues, Mapping):
+            raise ConfigurationError(f"queues must map names to how many jobs at once, got {self.queues!r}")
+        if self.name is not None and not (isinstance(self.name, str) and self.name and self.name.isprintable()):
+            raise ConfigurationError(f"name must be a text of printable characters, got {self.name!r}")
+        for names, kinds, what in _TYPES:
+            for name in names:
+                value = getattr(self, name)
+                if isinstance(value, bool) is not (kinds is bool) or not isinstance(value, kinds):
+                    if value is None and name in _OPTIONAL:
+                        continue
+                    raise ConfigurationError(f"{name} must be {what}, got {value!r}")
+
     @property
     def heartbeat_seconds(self) -> float:
         return self.lease / HEARTBEATS_PER_LEASE if self.heartbeat_interval is None else self.heartbeat_interval
+
+
+#: Settings of a worker by type.
+_TYPES: tuple[tuple[tuple[str, ...], type | tuple[type, ...], str], ...] = (
+    (
+        ("lease", "heartbeat_interval", "poll_interval", "sweep_interval", "shutdown_timeout"),
+        (int, float),
+        "a number of seconds",
+    ),
+    (("prefetch", "max_jobs"), int, "a whole number"),
+    (("listen", "drain", "schedules"), bool, "True or False"),
+)
+_OPTIONAL = ("heartbeat_interval", "prefetch", "max_jobs")
 
 
 def parse_queues(specifications: Iterable[str], concurrency: T) -> dict[str, int | T]:

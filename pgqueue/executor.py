@@ -170,6 +170,8 @@ def outcome_of(error: BaseException, policy: Retry) -> Outcome:
 
 def _delay_of(error: Snooze | RetryAfter) -> float | None:
     """Seconds; None when what the task gave is no such delay."""
+    if isinstance(error.delay, bool | str):
+        return None
     try:
         delay = as_seconds(error.delay)
     except (TypeError, ValueError, OverflowError):

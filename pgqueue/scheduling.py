@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from pgqueue import schedules
 from pgqueue.actor import who, why
+from pgqueue.arguments import checked_text
 from pgqueue.cron import NewSchedule, Schedule
 from pgqueue.dialect import POSTGRESQL
 from pgqueue.enqueueing import Task
@@ -102,6 +103,7 @@ class Schedules:
         return await self._pgq._take_async(self._get(name))
 
     def _get(self, name: str) -> Steps[Schedule]:
+        checked_text("the name of a schedule", name, is_optional=False)
         return look(lambda connection: schedules.get(connection, self._pgq.tables, name))
 
     def enable(
@@ -154,6 +156,7 @@ class Schedules:
         return await self._pgq._take_in_async(session, "schedules.disable_async", steps)
 
     def _set_enabled(self, name: str, enabled: bool, reason: str | None, actor: str | None) -> Steps[bool]:
+        checked_text("the name of a schedule", name, is_optional=False)
         by, because = who(actor), why(reason)
         return change(
             lambda connection: schedules.set_enabled(
@@ -189,6 +192,7 @@ class Schedules:
         return await self._pgq._take_in_async(session, "schedules.run_now_async", steps)
 
     def _run_now(self, name: str, reason: str | None, actor: str | None) -> Steps[JobHandle]:
+        checked_text("the name of a schedule", name, is_optional=False)
         by, because = who(actor), why(reason)
 
         def run(target: Session | sa.Connection, connection: sa.Connection) -> JobHandle:
@@ -228,6 +232,7 @@ class Schedules:
         await self._pgq._take_in_async(session, "schedules.delete_async", self._delete(name, reason, actor))
 
     def _delete(self, name: str, reason: str | None, actor: str | None) -> Steps[None]:
+        checked_text("the name of a schedule", name, is_optional=False)
         by, because = who(actor), why(reason)
         return change(
             lambda connection: schedules.delete(

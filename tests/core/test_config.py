@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -40,6 +41,19 @@ from pgqueue.config import DEFAULT_CONCURRENCY, checked_lease, checked_schema, p
         ({"prefetch": -1}, "prefetch must be between 0 and 10000, got -1"),
         ({"prefetch": 10_001}, "prefetch must be between 0 and 10000, got 10001"),
         ({"max_jobs": 0}, "max_jobs must be at least 1, got 0"),
+        ({"max_jobs": 1.5}, "max_jobs must be a whole number, got 1.5"),
+        ({"max_jobs": True}, "max_jobs must be a whole number, got True"),
+        ({"prefetch": "5"}, "prefetch must be a whole number, got '5'"),
+        ({"lease": "5s"}, "lease must be a number of seconds, got '5s'"),
+        ({"lease": None}, "lease must be a number of seconds, got None"),
+        ({"lease": True}, "lease must be a number of seconds, got True"),
+        ({"poll_interval": timedelta(seconds=1)}, "poll_interval must be a number of seconds, got datetime.timedelta"),
+        ({"poll_interval": 1e300}, "poll_interval must be more than 0 seconds"),
+        ({"drain": "no"}, "drain must be True or False, got 'no'"),
+        ({"listen": 0}, "listen must be True or False, got 0"),
+        ({"queues": ["a"]}, "queues must map names to how many jobs at once, got ['a']"),
+        ({"name": ""}, "name must be a text of printable characters, got ''"),
+        ({"name": "a\0"}, "name must be a text of printable characters"),
     ],
 )
 def test_an_impossible_worker_setting_is_refused_with_its_rule(settings: dict[str, Any], rule: str) -> None:

@@ -117,7 +117,9 @@ def test_retry_after_is_a_failure_with_a_delay_whatever_the_policy_says() -> Non
     assert (outcome.error.type, outcome.error.message) == ("pgqueue.errors.RetryAfter", "HTTP 429")
 
 
-@pytest.mark.parametrize("delay", [-1, float("nan"), DELAY_SECONDS_MAX + 1, "soon", None, timedelta(seconds=-1)])
+@pytest.mark.parametrize(
+    "delay", [-1, float("nan"), DELAY_SECONDS_MAX + 1, "soon", "5", True, None, timedelta(seconds=-1)]
+)
 def test_a_delay_that_is_none_is_a_failure_that_says_so(delay: Any) -> None:
     outcome = outcome_of(RetryAfter(delay), Retry())
 

@@ -975,6 +975,8 @@ def test_what_is_not_there_is_said(pgq: PgQueue, report: Task[..., Any]) -> None
     for call in (pgq.schedules.get, pgq.schedules.enable, pgq.schedules.run_now, pgq.schedules.delete):
         with pytest.raises(ScheduleNotFound, match="there is no schedule 'missing'"):
             call("missing")
+        with pytest.raises(ConfigurationError, match="the name of a schedule must be a string, got int"):
+            call(5)  # type: ignore[arg-type]  # under test
 
 
 @pytest.mark.parametrize(
