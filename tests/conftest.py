@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import compiled
 import forks
 import pgbouncer
 import pgserver
@@ -27,10 +28,11 @@ settings.load_profile("patient")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let the processes that tests start run the same pgqueue as the tests, whichever happens to be installed, and
-    not compile it each."""
+    not compile it each. Let statements be compiled once."""
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     package = str(Path(pgqueue.__file__).parents[1])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    compiled.share()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
