@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from faults.fleet import Fleet, Member
 from sqlalchemy.orm import Session
@@ -60,10 +60,14 @@ def held_by(pgq: PgQueue, worker: Member) -> int:
     return count
 
 
-def freeze_a_busy_one(pgq: PgQueue, workers: Sequence[Member], chance: random.Random) -> Member:
-    """Freeze one of the workers while it is running jobs."""
+def freeze_a_busy_one(
+    pgq: PgQueue, workers: Sequence[Member], chance: random.Random, *, feed: Callable[[], object] = lambda: None
+) -> Member:
+    """Freeze one of the workers while it is running jobs. `feed` is called before each look: it may see to it that
+    there is always something to run."""
 
     def frozen() -> Member | None:
+        feed()
         worker = chance.choice(workers)
         if held_by(pgq, worker) < 2:
             return None

@@ -5,14 +5,21 @@ from __future__ import annotations
 import random
 
 from faults import ledger
-from faults.campaign import enqueue_load, freeze_a_busy_one, statuses, wait_until_all_final, wait_until_completed
+from faults.campaign import (
+    enqueue_load,
+    freeze_a_busy_one,
+    statuses,
+    unfinished,
+    wait_until_all_final,
+    wait_until_completed,
+)
 from faults.fleet import Fleet
 from sqlalchemy.orm import Session
 from support import rows, scalar, wait_for
 
 from pgqueue import PgQueue
 
-JOBS = 2_000
+JOBS = 800
 KILLS = 50
 
 
@@ -24,16 +31,21 @@ def test_fifty_workers_killed_in_the_middle_of_their_jobs_lose_nothing_and_repea
     workers = fleet.workers(5)
     chance = random.Random(50)
 
+    def feed() -> None:
+        """However long a kill takes, there are jobs to be killed in."""
+        if unfinished(pgq) < 100:
+            ids.extend(enqueue_load(pgq, 100))
+
     for kill in range(1, KILLS + 1):
-        wait_until_completed(pgq, 30 * kill, f"progress before kill {kill}")
-        victim = freeze_a_busy_one(pgq, workers, chance)
+        wait_until_completed(pgq, 12 * kill, f"progress before kill {kill}")
+        victim = freeze_a_busy_one(pgq, workers, chance, feed=feed)
         victim.kill()
         workers.remove(victim)
         workers.append(fleet.worker())
     wait_until_all_final(pgq)
 
     assert ledger.audit(pgq, acknowledged=ids) == []
-    assert statuses(pgq) == {"completed": JOBS}
+    assert statuses(pgq) == {"completed": len(ids)}
     swept = rows(pgq.engine, "SELECT DISTINCT reason FROM pgqueue.job_events WHERE event = 'sweep'")
     assert len(swept) >= KILLS, "each of the killed workers held jobs"
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -234,13 +235,14 @@ def test_the_command_reports_and_exits_with_1_when_an_effect_did_not_happen_exac
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_demo_ends_its_workers_and_drops_its_tables(
-    pg_url: str, tmp_path: Path, number: signal.Signals
+    pg_url: str, folder: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     before = all_tables(pg_url)
 
-    with running("demo", "--no-kill", cwd=tmp_path, url=pg_url) as process:
-        pids = wait_for(lambda: demo_workers(pg_url, 2), "two workers")
-        process.signal(number)
+    with running("demo", folder, "--no-kill", cwd=tmp_path, url=pg_url) as process:
+        with without_effects(pg_url):
+            pids = wait_for(lambda: demo_workers(pg_url, 2), "two workers", every=0.05)
+            process.signal(number)
         code = process.wait()
 
     assert code == 128 + number
@@ -252,8 +254,11 @@ def test_a_killed_demo_leaves_no_worker_and_the_next_one_drops_its_tables(
     pg_url: str, folder: Path, tmp_path: Path
 ) -> None:
     before = all_tables(pg_url)
-    with running("demo", "--no-kill", cwd=tmp_path, url=pg_url) as process:
-        wait_for(lambda: demo_workers(pg_url, 2), "two workers")
+    with (
+        running("demo", folder, "--no-kill", cwd=tmp_path, url=pg_url) as process,
+        without_effects(pg_url),
+    ):
+        wait_for(lambda: demo_workers(pg_url, 2), "two workers", every=0.05)
         process.signal(signal.SIGKILL)
         process.wait()
     left = all_tables(pg_url)
@@ -264,6 +269,20 @@ def test_a_killed_demo_leaves_no_worker_and_the_next_one_drops_its_tables(
     assert left > before
     assert (report.files, report.exactly_once) == (FILES, True)
     assert all_tables(pg_url) == before
+
+
+@contextmanager
+def without_effects(url: str) -> Iterator[None]:
+    """Let no job end meanwhile: a demo could be over before its second worker has started."""
+    engine = make_engine(url)
+    try:
+        table = "pgqueue_demo.pgqueue_demo_effects"
+        wait_for(lambda: scalar(engine, "SELECT to_regclass(:table)", table=table), "the demo's tables")
+        with engine.begin() as connection:
+            connection.execute(sa.text(f"LOCK TABLE {table} IN SHARE MODE"))
+            yield
+    finally:
+        engine.dispose()
 
 
 def demo_workers(url: str, at_least: int) -> list[int]:
