@@ -39,8 +39,9 @@ class Operation:
             ),
             {"name": name},
         )
-        self._pid = self._connection.scalar(sa.text("SELECT pg_backend_pid()"))
         self._connection.commit()
+        driver_connection: Any = self._connection.connection.driver_connection
+        self._pid = driver_connection.info.backend_pid
         self._work = work
         self._commit_wanted = threading.Event()
         self._ran = threading.Event()
@@ -82,9 +83,8 @@ class Operation:
 
     def _is_blocked(self) -> bool:
         found = self._watcher.scalar(
-            sa.text("SELECT wait_event_type = 'Lock' FROM pg_stat_activity WHERE pid = :pid"), {"pid": self._pid}
+            sa.text("SELECT wait_event_type = 'Lock' FROM pg_stat_get_activity(:pid)"), {"pid": self._pid}
         )
-        self._watcher.rollback()
         return bool(found)
 
     def end(self) -> None:
@@ -110,7 +110,8 @@ def play(
 
     rolled_back: the numbers of those that are rolled back instead of being committed.
     """
-    with pg.engine.connect() as watcher:
+    # A look is one statement and no transaction: there are many of them.
+    with pg.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as watcher:
         operations = [
             Operation(pg.engine, watcher, f"operation {n}", work, rolls_back=n in rolled_back)
             for n, work in enumerate(works)
