@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),.venv)
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 PYTEST_WORKERS ?= auto
 PYTEST_OPTIONS := --maxprocesses 4 --dist worksteal
 ARGS ?=
@@ -47,7 +47,7 @@ OLDEST_TESTS := tests/migrations/test_history.py tests/enqueue/test_session.py t
 
 .venv-oldest/.pgqueue-test: pyproject.toml tests/oldest.txt
 	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -c tests/oldest.txt
+	.venv-oldest/bin/python -m pip install --quiet --quiet --disable-pip-version-check -e '.[test]' -c tests/oldest.txt
 	@touch $@
 
 test-oldest: .venv-oldest/.pgqueue-test ## run tests of the database layer with the oldest libraries that are allowed, SQLAlchemy 2.0 among them, and the oldest PostgreSQL found
