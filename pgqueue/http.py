@@ -375,10 +375,12 @@ async def _body_of(operation: Operation, request: Request) -> pydantic.BaseModel
             raise Refused(400, f"Nested deeper than {DEPTH_MAX} levels") from None
         raise Refused(400, "Invalid JSON") from None
     _require_flat(content)
-    if operation.body is TaskBody and isinstance(content, dict):
-        if content.get("type") in (None, "") or content.get("payload") is None:
-            raise Refused(400, "type and payload required")
-    elif "token" in operation.body.model_fields and isinstance(content, dict) and content.get("token") is None:
+    fields = content if isinstance(content, dict) else {}
+    if operation.body is TaskBody and (fields.get("type") in (None, "") or fields.get("payload") is None):
+        raise Refused(400, "type and payload required")
+    if not isinstance(content, dict):
+        raise Refused(400, "The body must be a JSON object")
+    if "token" in operation.body.model_fields and fields.get("token") is None:
         raise Refused(400, "token required: send the one that came with the job from /dequeue")
     return _fitting(operation.body, content)
 

@@ -88,11 +88,11 @@ def test_what_is_not_json_is_refused(refused: Caller, text: bytes) -> None:
 
 @pytest.mark.parametrize("body", [[], "text", 1, None, True])
 def test_json_that_is_no_object_is_refused(refused: Caller, body: Any) -> None:
-    answer = refused.call(
-        "POST", "/task", status=400, content=json.dumps(body), headers={"Content-Type": "application/json"}
-    )
+    request = {"content": json.dumps(body), "headers": {"Content-Type": "application/json"}}
 
-    assert "valid dictionary" in answer["error"]
+    answers = [refused.call("POST", path, status=400, **request) for path in ("/task", "/complete/1")]
+
+    assert answers == [{"error": "type and payload required"}, {"error": "The body must be a JSON object"}]
 
 
 @pytest.mark.parametrize(
