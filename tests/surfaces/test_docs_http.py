@@ -20,7 +20,7 @@ from pgqueue.openapi import (
     PRIORITIES,
     TaskBody,
 )
-from pgqueue.tokens import Scope
+from pgqueue.tokens import Scope, parse_tokens
 
 PAGE = PROJECT / "docs" / "http.md"
 
@@ -60,6 +60,17 @@ def test_every_status_of_an_error_every_scope_and_every_limit_is_named() -> None
         assert str(number) in text
     assert f"{BODY_BYTES_MAX:,}" in text
     assert f"{LEASE_SECONDS_MAX:.0f}" in text
+
+
+def test_the_lines_of_tokens_are_understood() -> None:
+    (block,) = (block for block in blocks(PAGE) if block.language == "text" and "sha256=" in block.text)
+
+    tokens = parse_tokens(block.text.splitlines(), PAGE.name)
+
+    found = tokens.find(block.text.splitlines()[0].rpartition(":")[2])
+    assert found is not None
+    assert (found.name, found.scopes) == ("shop", {Scope.ENQUEUE, Scope.READ})
+    assert repr(tokens) == "Tokens(mailer, shop)"
 
 
 def test_every_link_leads_to_a_file() -> None:

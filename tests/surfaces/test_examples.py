@@ -18,7 +18,7 @@ EXAMPLES = PROJECT / "examples"
 #: What a test cannot run, and why.
 NOT_RUN = {
     "export PGQUEUE_DATABASE_URL=sqlite:///shop.db": "each test has a database of its own",
-    "pip install pillow": "is one of the packages for tests",
+    "pip install pillow aiosqlite": "they are among the packages for tests",
     "pip install fastapi uvicorn": "likewise",
     "uvicorn shop.api:app": "test_example_shop_api.py",
 }
