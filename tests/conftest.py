@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import compiled
@@ -107,9 +108,15 @@ def empty_pg_url(pg_server: pgserver.Server) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def bouncer(pg_server: pgserver.Server) -> Iterator[pgbouncer.Bouncer]:
     """A PgBouncer in transaction mode before that server. The test is skipped where the program is not installed."""
-    started = pgbouncer.Bouncer(pg_server)
-    yield started
-    started.close()
+    with closing(pgbouncer.Bouncer(pg_server)) as started:
+        yield started
+
+
+@pytest.fixture
+def make_bouncer(pg_server: pgserver.Server) -> Iterator[Callable[..., pgbouncer.Bouncer]]:
+    """Starts a PgBouncer for one test, with settings over those of the tests."""
+    with ExitStack() as stack:
+        yield lambda **settings: stack.enter_context(closing(pgbouncer.Bouncer(pg_server, **settings)))
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ import sqlalchemy as sa
 from catalog import snapshot
 from deployers import HEAD, NEXT, Deployers
 from pgbouncer import Bouncer
-from pgserver import Server
 from support import execute, rows, scalar, wait_for
 
 from pgqueue import DatabaseUnreachable, PgQueue, SchemaOutdated, migration
@@ -213,16 +212,15 @@ def test_a_migration_through_a_pooler_leaves_nothing_in_the_sessions_of_others(
 
 
 def test_a_pooler_with_too_few_server_connections_for_a_migration_is_told_of(
-    empty_pg: sa.Engine, empty_pg_url: str, pg_server: Server
+    empty_pg: sa.Engine, empty_pg_url: str, make_bouncer: Callable[..., Bouncer]
 ) -> None:
-    bouncer = Bouncer(pg_server, default_pool_size=1, query_wait_timeout=1)
+    bouncer = make_bouncer(default_pool_size=1, query_wait_timeout=1)
     through = make_engine(bouncer.url(empty_pg_url))
 
     with pytest.raises(DatabaseUnreachable, match=r"query_wait_timeout, .* all of them were taken\. Give it more"):
         migration.upgrade(through, "pgqueue")
 
     through.dispose()
-    bouncer.close()
     assert not sa.inspect(empty_pg).has_schema("pgqueue")
 
 

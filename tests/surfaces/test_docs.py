@@ -6,7 +6,7 @@ import configparser
 import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,6 @@ import typer.main
 from documents import PROJECT, Reader, Story, blocks, table_below
 from forks import Forks
 from pgbouncer import Bouncer
-from pgserver import Server
 from support import execute, rows, scalar, wait_for
 from working import working
 
@@ -127,7 +126,7 @@ def test_a_page_can_be_followed_on_postgresql(page: str, reader_url: str, tmp_pa
 
 
 def test_the_page_about_pgbouncer_can_be_followed_through_one_with_its_settings(
-    reader_url: str, pg_server: Server, tmp_path: Path, forks: Forks
+    reader_url: str, make_bouncer: Callable[..., Bouncer], tmp_path: Path, forks: Forks
 ) -> None:
     page = DOCS / "pgbouncer.md"
     (block,) = (block for block in blocks(page) if block.language == "ini")
@@ -135,14 +134,11 @@ def test_the_page_about_pgbouncer_can_be_followed_through_one_with_its_settings(
     file.read_string(block.text)
     of_the_place = ("listen_port", "auth_type", "auth_file")
     settings = {name: value for name, value in file["pgbouncer"].items() if name not in of_the_place}
-    bouncer = Bouncer(pg_server, **settings)
+    bouncer = make_bouncer(**settings)
 
-    try:
-        Story(page, Reader(folder_of(tmp_path), bouncer.url(reader_url), forks)).tell()
+    Story(page, Reader(folder_of(tmp_path), bouncer.url(reader_url), forks)).tell()
 
-        assert bouncer.left_behind(reader_url) == []
-    finally:
-        bouncer.close()
+    assert bouncer.left_behind(reader_url) == []
 
 
 @pytest.mark.parametrize("page", [page for page, databases in STORIES.items() if "sqlite" in databases])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
 import sqlalchemy as sa
 from pgbouncer import Bouncer
-from pgserver import Server
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from support import scalar, wait_for
@@ -32,13 +31,12 @@ def pooled(pg_url: str, bouncer: Bouncer) -> Iterator[PgQueue]:
 
 
 @pytest.fixture
-def whole_sessions(pg_url: str, pg_server: Server) -> Iterator[PgQueue]:
+def whole_sessions(pg_url: str, make_bouncer: Callable[..., Bouncer]) -> Iterator[PgQueue]:
     """A queue whose connections go through PgBouncer in session mode."""
-    bouncer = Bouncer(pg_server, pool_mode="session", default_pool_size=20)
+    bouncer = make_bouncer(pool_mode="session", default_pool_size=20)
     pgq = PgQueue(bouncer.url(pg_url))
     yield pgq
     pgq.dispose()
-    bouncer.close()
 
 
 def test_no_pooler_is_found_where_there_is_none(pgq: PgQueue) -> None:
@@ -49,8 +47,10 @@ def test_a_pooler_that_mixes_sessions_is_found(pooled: PgQueue) -> None:
     assert pooler.mixes_sessions(pooled.engine)
 
 
-def test_a_pooler_whose_server_connections_take_turns_is_found_too(pg_url: str, pg_server: Server) -> None:
-    bouncer = Bouncer(pg_server, server_round_robin=1)
+def test_a_pooler_whose_server_connections_take_turns_is_found_too(
+    pg_url: str, make_bouncer: Callable[..., Bouncer]
+) -> None:
+    bouncer = make_bouncer(server_round_robin=1)
     engine = make_engine(bouncer.url(pg_url))
     with ExitStack() as stack:
         for _ in range(4):  # so that there are as many server connections
@@ -59,7 +59,6 @@ def test_a_pooler_whose_server_connections_take_turns_is_found_too(pg_url: str, 
     assert pooler.mixes_sessions(engine)
 
     engine.dispose()
-    bouncer.close()
 
 
 def test_a_pooler_that_leaves_sessions_whole_is_none_to_worry_about(
@@ -129,11 +128,11 @@ def test_an_engine_that_prepares_statements_is_none_to_worry_about_without_a_poo
 
 
 def test_a_transactional_task_that_gets_no_server_connection_is_given_back_with_no_retry_charged(
-    pg_url: str, pg_server: Server, monkeypatch: pytest.MonkeyPatch
+    pg_url: str, make_bouncer: Callable[..., Bouncer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkout, "FRESH_SECONDS", 1_000.0)  # or a connection may be found wanting before the task
     gate = Gate()
-    bouncer = Bouncer(pg_server, default_pool_size=1, query_wait_timeout=1)
+    bouncer = make_bouncer(default_pool_size=1, query_wait_timeout=1)
     pgq = PgQueue(bouncer.url(pg_url))
     refused: list[str] = []
 
@@ -175,7 +174,6 @@ def test_a_transactional_task_that_gets_no_server_connection_is_given_back_with_
     assert [pgq.get_job(job_id).retries for job_id in ids] == [0, 0, 0]
     assert events(pgq, ids[0]) == events(pgq, ids[1]) == ["release"]
     pgq.dispose()
-    bouncer.close()
 
 
 def test_the_error_about_a_lost_prepared_statement_says_what_to_do(pg_url: str, bouncer: Bouncer) -> None:
