@@ -125,7 +125,7 @@ def check_due(name: str, moment: object) -> None:
         raise ConfigurationError(f"{name} must be a datetime, got {type(moment).__name__}")
     if moment.tzinfo is None or moment.utcoffset() is None:
         raise ConfigurationError(
-            f"{name} must say its time zone, got the naive {moment!r}; for example datetime.now(UTC) + …"
+            f"{name} must say its time zone, got the naive {moment!r}; for example datetime.now(UTC)"
         )
     if not RUN_AT_MIN <= moment < RUN_AT_MAX:
         raise ConfigurationError(
@@ -138,12 +138,7 @@ def checked_moment(name: str, value: datetime | timedelta | float | None) -> dat
     if value is None:
         return None
     if isinstance(value, datetime):
-        if value.tzinfo is None or value.utcoffset() is None:
-            raise ConfigurationError(f"{name} must say its time zone, got the naive {value!r}")
-        if not RUN_AT_MIN <= value < RUN_AT_MAX:
-            raise ConfigurationError(
-                f"{name} must lie between the years {RUN_AT_MIN.year} and {RUN_AT_MAX.year}, got {value!r}"
-            )
+        check_due(name, value)
         return value
     if isinstance(value, bool) or not isinstance(value, int | float | timedelta):
         raise ConfigurationError(

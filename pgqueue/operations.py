@@ -520,16 +520,9 @@ def prune(
     """
     jobs, events = tables.jobs, tables.job_events
     long_ago = seconds_from_now(sa.literal(-older_than, sa.Float()))
-    passed = (
-        sa.select(jobs.c.id, sa.or_(jobs.c.created_at < long_ago, jobs.c.finished_at < long_ago).label("is_old"))
-        .where(jobs.c.id > after_id)
-        .order_by(jobs.c.id)
-        .limit(PRUNE_WINDOW_JOBS)
-        .subquery("passed")
-    )
-    old = sa.func.count(sa.case((passed.c.is_old, 1)))
-    last_id, count, count_old = connection.execute(sa.select(sa.func.max(passed.c.id), sa.func.count(), old)).one()
-    if not count_old:
+    is_old = sa.or_(jobs.c.created_at < long_ago, jobs.c.finished_at < long_ago)
+    last_id, is_last, any_old = _window(connection, jobs, is_old, after_id)
+    if not any_old:
         return 0, None
     status: sa.ColumnClause[str] = sa.literal_column("(" + ", ".join(f"'{JobStatus(name)}'" for name in statuses) + ")")
     doomed: Any = connection.execute(
@@ -552,7 +545,23 @@ def prune(
             connection.execute(sa.delete(column.table).where(id_among(column, store.IDS)), {"ids": ids})
     if len(ids) == limit:
         return len(ids), ids[-1]
-    return len(ids), last_id if count == PRUNE_WINDOW_JOBS else None
+    return len(ids), None if is_last else last_id
+
+
+def _window(
+    connection: sa.Connection, table: sa.Table, is_old: sa.ColumnElement[bool], after_id: int
+) -> tuple[int, bool, bool]:
+    """The next PRUNE_WINDOW_JOBS rows: the last id, whether these were all, and whether any is old."""
+    passed = (
+        sa.select(table.c.id, is_old.label("is_old"))
+        .where(table.c.id > after_id)
+        .order_by(table.c.id)
+        .limit(PRUNE_WINDOW_JOBS)
+        .subquery("passed")
+    )
+    old = sa.func.count(sa.case((passed.c.is_old, 1)))
+    last_id, count, count_old = connection.execute(sa.select(sa.func.max(passed.c.id), sa.func.count(), old)).one()
+    return last_id, count < PRUNE_WINDOW_JOBS, count_old > 0
 
 
 def prune_events(
@@ -564,19 +573,11 @@ def prune_events(
     """
     jobs, events = tables.jobs, tables.job_events
     is_old = events.c.at < seconds_from_now(sa.literal(-older_than, sa.Float()))
-    passed = (
-        sa.select(events.c.id, is_old.label("is_old"))
-        .where(events.c.id > after_id)
-        .order_by(events.c.id)
-        .limit(PRUNE_WINDOW_JOBS)
-        .subquery("passed")
-    )
-    old = sa.func.count(sa.case((passed.c.is_old, 1)))
-    last_id, count, count_old = connection.execute(sa.select(sa.func.max(passed.c.id), sa.func.count(), old)).one()
-    if not count_old:
+    last_id, is_last, any_old = _window(connection, events, is_old, after_id)
+    if not any_old:
         return 0, None
     # By primary key, for each event: of a NOT EXISTS the planner may make a join with all jobs.
     job = sa.select(jobs.c.id).where(jobs.c.id == events.c.job_id).correlate(events).scalar_subquery()
     window = sa.and_(events.c.id > after_id, events.c.id <= last_id)
     orphans = sa.delete(events).where(window, is_old, events.c.job_id.is_not(None), job.is_(None))
-    return connection.execute(orphans).rowcount, last_id if count == PRUNE_WINDOW_JOBS else None
+    return connection.execute(orphans).rowcount, None if is_last else last_id
