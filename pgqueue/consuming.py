@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from pgqueue import expiry, operations, retention, store, within_limits
 from pgqueue.arguments import checked_limit, checked_tasks, delay_seconds, is_unicode, lease_seconds
@@ -44,6 +45,10 @@ class Consumer(Limiter):
     """Calls that claim jobs, and end or prolong the claims."""
 
     _look_for_expired_at = 0.0  # monotonic; `claim` does it now and then
+
+    def __init__(self, database: str | sa.URL | sa.Engine | AsyncEngine | None, schema: str | None) -> None:
+        super().__init__(database, schema)
+        self._limited: set[str] = set()  # queues whose last claim had limits to keep
 
     def claim(
         self,
@@ -114,16 +119,22 @@ class Consumer(Limiter):
         not keep what it swept locked meanwhile."""
         if sweeps and self._sweep_on(connection, worker):
             return None
-        asked: dict[str, Any] = {
-            "queue": queue,
-            "worker": worker,
-            "token": uuid.uuid4(),
-            "limit": limit,
-            "lease": lease,
-            "tasks": tasks,
-        }
-        claimed = store.claim(connection, self.tables, **asked)
-        return within_limits.LimitedClaim(claimed) if claimed else within_limits.claim(connection, self.tables, **asked)
+        found = within_limits.claim_as_needed(
+            connection,
+            self.tables,
+            expect_limits=queue in self._limited,
+            queue=queue,
+            worker=worker,
+            token=uuid.uuid4(),
+            limit=limit,
+            lease=lease,
+            tasks=tasks,
+        )
+        if found.kept:
+            self._limited.add(queue)
+        else:
+            self._limited.discard(queue)
+        return found
 
     def _sweep_on(self, connection: sa.Connection, worker: str) -> bool:
         """Take back what expired, claims and jobs; whether there was something."""

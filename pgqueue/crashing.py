@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from pgqueue import retention, store, within_limits
+from pgqueue import retention, within_limits
 from pgqueue.assignment import with_middleware
 from pgqueue.client import PgQueue, Task
 from pgqueue.config import WorkerConfig
@@ -131,8 +131,7 @@ def _claim(pgq: PgQueue, task: str, queue: str, worker: str) -> ClaimedJob:
     deadline = time.monotonic() + LOCKED_SECONDS
     while True:
         with pgq.begin() as connection:
-            claimed = store.claim(connection, pgq.tables, **asked)
-            claimed = claimed or within_limits.claim(connection, pgq.tables, **asked).jobs
+            claimed = within_limits.claim_as_needed(connection, pgq.tables, **asked).jobs
         if claimed:
             return claimed[0]
         if time.monotonic() >= deadline:

@@ -175,12 +175,10 @@ class Rehearsal:
             "lease": LEASE_SECONDS,
             "tasks": tasks,
         }
-        claimed = store.claim(self._connection, self._tables, **asked)
-        again = not claimed
-        while again:
-            found = within_limits.claim(self._connection, self._tables, bounded=False, **asked)
-            claimed, again = found.jobs, found.again and not found.jobs
-        return claimed
+        while True:
+            found = within_limits.claim_as_needed(self._connection, self._tables, bounded=False, **asked)
+            if found.jobs or not found.again:
+                return found.jobs
 
     def _attempt(self, job: ClaimedJob) -> None:
         raised: list[BaseException] = []

@@ -58,6 +58,18 @@ class LimitedClaim:
     next_token_seconds: float | None = None  #: until a job that waits for its rate may start
 
 
+def claim_as_needed(
+    connection: sa.Connection, tables: Tables, *, expect_limits: bool = False, bounded: bool = True, **asked: Any
+) -> LimitedClaim:
+    """A plain claim, or one within limits where there are some to keep; begins with what is expected."""
+    if not expect_limits and (claimed := store.claim(connection, tables, **asked)):
+        return LimitedClaim(claimed, kept=False)
+    found = claim(connection, tables, bounded=bounded, **asked)
+    if expect_limits and not found.kept:
+        return LimitedClaim(store.claim(connection, tables, **asked), kept=False)
+    return found
+
+
 def claim(
     connection: sa.Connection,
     tables: Tables,

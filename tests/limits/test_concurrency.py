@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import pytest
 from jobs import expire, make_due
 from limited import claim, ids, put, waiting
 from support import wait_for
 
-from pgqueue import PerKey, PgQueue
+from pgqueue import PerKey, PgQueue, store
 
 # Queue, task, key ------------------------------------------------------------------------------------------
 
@@ -62,6 +63,33 @@ def test_no_more_jobs_of_a_task_run_at_once_than_its_limit_and_those_of_others_p
 
     assert ids(claimed) == [*few[:2], *free]
     assert waiting(pgq) == dict.fromkeys(few[2:], "task")
+
+
+def test_claims_meet_limits_that_come_and_go_in_between(pgq: PgQueue) -> None:
+    jobs = put(pgq, pgq.external_task("work"), 9)
+
+    free = claim(pgq, limit=2)
+    pgq.set_limits(queue="default", concurrency=4)
+    limited = [claim(pgq), claim(pgq)]
+    pgq.set_limits(queue="default", concurrency=None)
+    free_again = [claim(pgq, limit=2), claim(pgq)]
+
+    assert ids(free) == jobs[:2]
+    assert [ids(claimed) for claimed in limited] == [jobs[2:4], []]
+    assert [ids(claimed) for claimed in free_again] == [jobs[4:6], jobs[6:]]
+
+
+def test_a_claim_from_a_queue_that_is_known_to_have_limits_tries_no_plain_one(
+    pgq: PgQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Mock(wraps=store.claim)
+    monkeypatch.setattr(store, "claim", plain)
+    put(pgq, pgq.external_task("few", concurrency=100), 3)
+
+    claimed = [claim(pgq, limit=1) for _ in range(3)]
+
+    assert list(map(len, claimed)) == [1, 1, 1]
+    assert plain.call_count == 1
 
 
 def test_a_tasks_limit_counts_across_queues(pgq: PgQueue) -> None:
