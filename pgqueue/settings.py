@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
-from pydantic import BeforeValidator, Field, TypeAdapter
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
 
 from pgqueue.config import (
     DEFAULT_CONCURRENCY,
@@ -62,15 +62,21 @@ def _queues(value: Any) -> Any:
     return value
 
 
-Text = TypeAdapter(Annotated[str, Field(min_length=1)])
-Flag = TypeAdapter(bool)
-Seconds: TypeAdapter[float] = TypeAdapter(Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_seconds)])
-Processes = TypeAdapter(Annotated[int, Field(ge=1, le=1000)])
-Concurrency = TypeAdapter(Annotated[int, Field(ge=1, le=1000)])
-Prefetch = TypeAdapter(Annotated[int, Field(ge=0, le=10_000)])
-Count = TypeAdapter(Annotated[int, Field(ge=1)])
+#: Built when something is first set: most processes set next to nothing.
+_LATER = ConfigDict(defer_build=True)
+
+Text = TypeAdapter(Annotated[str, Field(min_length=1)], config=_LATER)
+Flag = TypeAdapter(bool, config=_LATER)
+Seconds: TypeAdapter[float] = TypeAdapter(
+    Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_seconds)], config=_LATER
+)
+Processes = TypeAdapter(Annotated[int, Field(ge=1, le=1000)], config=_LATER)
+Concurrency = TypeAdapter(Annotated[int, Field(ge=1, le=1000)], config=_LATER)
+Prefetch = TypeAdapter(Annotated[int, Field(ge=0, le=10_000)], config=_LATER)
+Count = TypeAdapter(Annotated[int, Field(ge=1)], config=_LATER)
 Queues: TypeAdapter[dict[str, int | None]] = TypeAdapter(
-    Annotated[dict[str, Annotated[int, Field(ge=1, le=1000)] | None], Field(min_length=1), BeforeValidator(_queues)]
+    Annotated[dict[str, Annotated[int, Field(ge=1, le=1000)] | None], Field(min_length=1), BeforeValidator(_queues)],
+    config=_LATER,
 )
 
 DURATION = 'a duration such as "30s" or "5m", or a number of seconds'
