@@ -21,15 +21,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import alembic.autogenerate
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from alembic.util import CommandError
 from sqlalchemy import event, exc
 from sqlalchemy.dialects import postgresql
 
@@ -39,7 +33,14 @@ from pgqueue.engine import explain
 from pgqueue.errors import ConfigurationError, DatabaseUnreachable, SchemaMissing, SchemaOutdated
 from pgqueue.schema import DOMAINS, tables_for
 
+if TYPE_CHECKING:  # and where it is used: who enqueues or works need not wait until Alembic is loaded
+    from alembic.config import Config
+    from alembic.runtime.migration import MigrationContext
+
 logger = logging.getLogger(__name__)
+
+#: The newest revision in migrations/versions.
+HEAD = "pgqueue_0002"
 
 #: A statement of a migration that cannot get its lock in time fails instead of queueing all traffic behind it.
 LOCK_TIMEOUT_SECONDS = 5.0
@@ -61,9 +62,7 @@ def migrations_path() -> Path:
 
 def head_revision() -> str:
     """The newest revision this code knows."""
-    head = ScriptDirectory.from_config(_config("pgqueue")).get_current_head()
-    assert head is not None
-    return head
+    return HEAD
 
 
 def current_revision(connection: sa.Connection, schema: str) -> str | None:
@@ -123,7 +122,7 @@ def upgrade(
         if current is not None and not _knows(current) and revision == "head":
             logger.warning("%s; nothing to upgrade", _newer(schema, current))
             return
-        _run(command.upgrade, connection, schema, revision)
+        _run("upgrade", connection, schema, revision)
 
 
 def downgrade(
@@ -136,16 +135,19 @@ def downgrade(
 ) -> None:
     """Take the tables back to an older revision; `base` drops them with everything in them. As `upgrade`."""
     with exclusive(engine, schema, lock_timeout=lock_timeout, wait=wait) as connection:
-        _run(command.downgrade, connection, schema, revision)
+        _run("downgrade", connection, schema, revision)
 
 
 def differences(connection: sa.Connection, schema: str) -> list[Any]:
     """What Alembic would change to make the tables what this code expects; empty when they are."""
+    from alembic.autogenerate import compare_metadata
+    from alembic.runtime.migration import MigrationContext
+
     name = connection.dialect.name
     context = MigrationContext.configure(connection, opts=configure_options(name, schema))
     list_schema(connection, schema)
     with quiet_about_expressions():
-        found = list(alembic.autogenerate.compare_metadata(context, tables_for(name, schema).metadata))
+        found = list(compare_metadata(context, tables_for(name, schema).metadata))
     if name == SQLITE:
         present = _index_names(connection, schema)
         for table in tables_for(name, schema).metadata.sorted_tables:
@@ -155,6 +157,8 @@ def differences(connection: sa.Connection, schema: str) -> list[Any]:
 
 def offline_sql(dialect_name: str, schema: str, revision: str = "head") -> str:
     """The statements of an upgrade from nothing, or `from:to`, for people who run SQL themselves."""
+    from alembic import command
+
     output = io.StringIO()
     config = _config(checked_schema(schema), dialect_name=checked_dialect(dialect_name))
     config.output_buffer = output
@@ -260,6 +264,8 @@ def _place(dialect_name: str, schema: str) -> tuple[str | None, str]:
 
 
 def _config(schema: str, **attributes: Any) -> Config:
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", str(migrations_path()).replace("%", "%%"))
     config.set_main_option("path_separator", "newline")
@@ -268,6 +274,8 @@ def _config(schema: str, **attributes: Any) -> Config:
 
 
 def _knows(revision: str) -> bool:
+    from alembic.script import ScriptDirectory
+
     return revision in {script.revision for script in ScriptDirectory.from_config(_config("pgqueue")).walk_revisions()}
 
 
@@ -315,7 +323,10 @@ def _over_expressions(table: sa.Table) -> list[sa.Index]:
     return [index for index in table.indexes if any(not isinstance(part, sa.Column) for part in index.expressions)]
 
 
-def _run(run: Callable[..., None], connection: sa.Connection, schema: str, revision: str) -> None:
+def _run(name: str, connection: sa.Connection, schema: str, revision: str) -> None:
+    from alembic import command
+
+    run: Callable[..., None] = getattr(command, name)
     if connection.dialect.name == POSTGRESQL:
         connection.commit()  # Alembic makes each revision a transaction only if it finds none
     with _alembic, _command_errors(revision):
@@ -324,6 +335,8 @@ def _run(run: Callable[..., None], connection: sa.Connection, schema: str, revis
 
 @contextmanager
 def _command_errors(revision: str) -> Iterator[None]:
+    from alembic.util import CommandError
+
     try:
         yield
     except CommandError as error:

@@ -28,7 +28,10 @@ PROGRAMS = ("alembic", "pgqueue", "python")
 #: What is loaded before the forks.
 LIBRARIES = (
     "aiosqlite",
+    "alembic.autogenerate",
+    "alembic.command",
     "alembic.config",
+    "alembic.script",
     "pgqueue.cli",
     "pgqueue.migration",
     "pgqueue.serving",

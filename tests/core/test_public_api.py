@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pgqueue
 
 
@@ -77,3 +80,12 @@ def test_every_error_of_the_package_is_public_and_has_one_base_class() -> None:
 def test_what_a_task_raises_to_say_how_it_ends_is_no_error_of_the_package() -> None:
     for signal in (pgqueue.Snooze, pgqueue.Discard, pgqueue.Cancel):
         assert not issubclass(signal, pgqueue.PgqueueError)
+
+
+def test_who_only_enqueues_loads_neither_alembic_nor_what_is_for_the_command_line() -> None:
+    program = "import sys, pgqueue; pgqueue.PgQueue('sqlite://'); print(*sys.modules)"
+
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+
+    assert "pgqueue.worker" in loaded
+    assert {"alembic", "mako", "rich", "starlette", "typer", "uvicorn"} & set(loaded) == set()

@@ -54,6 +54,7 @@ def longer_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
             f"def upgrade():\n{lines}\n\ndef downgrade():\n    pass\n"
         )
         monkeypatch.setattr(migration, "migrations_path", lambda: folder)
+        monkeypatch.setattr(migration, "HEAD", NEXT)
         return folder
 
     return lengthen
