@@ -140,11 +140,14 @@ def test_a_transactional_task_that_finds_no_database_has_not_begun(
     enqueue(held_up)
     job_id = enqueue(task)
 
-    with working(pg, queues={"default": 1}, prefetch=5):
+    def kept_back() -> int:
+        return len(worker._finisher._unwritten) + worker._finisher._ended.qsize()
+
+    with working(pg, queues={"default": 1}, prefetch=5) as worker:
         wait_for(lambda: gate.inside and statuses(pg) == {"running": 2}, "both jobs to be claimed")
         outage.begin()
         gate.open()
-        wait_for(lambda: "finish" in met, "the ends of both jobs to be kept back")
+        wait_for(lambda: "finish" in met and kept_back() == 2, "the ends of both jobs to be kept back")
         outage.end()
         wait_for_status(pg, job_id, "completed")
 
@@ -218,7 +221,7 @@ def test_a_part_of_the_worker_whose_connection_was_ended_goes_on_with_another(
 def test_connections_that_the_server_ends_for_being_idle_are_no_outage(
     pg: PgQueue, pg_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    options = sa.make_url(pg_url).update_query_dict({"options": "-c idle_session_timeout=200ms"})
+    options = sa.make_url(pg_url).update_query_dict({"options": "-c idle_session_timeout=500ms"})
     impatient = PgQueue(options)
 
     @impatient.task
