@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
@@ -523,6 +524,30 @@ def test_the_state_at_a_moment_has_when_the_attempt_began(pg: PgQueue) -> None:
     assert (found.worker, found.attempt) == ("w", 1)
     assert isinstance(found.claimed_at, datetime)
     assert found.claimed_at < at
+
+
+#: By which indexes of jobs the views for operators read on SQLite; tests/store/test_million.py looks at PostgreSQL.
+SQLITE_PLANS = {
+    "queue_summary": {"jobs_claim", "jobs_waiting", "jobs_lease", "jobs_dead"},
+    "worker_status": {"jobs_lease"},
+    "stuck_jobs": {"jobs_claim", "jobs_waiting", "jobs_lease"},
+    "dead_jobs": {"jobs_dead"},
+    "job_history WHERE job_id = 1": {"PRIMARY KEY"},
+}
+
+
+@pytest.mark.parametrize("name", SQLITE_PLANS)
+def test_the_views_for_operators_read_no_history_on_sqlite(sqlite_url: str, name: str) -> None:
+    pgq = PgQueue(sqlite_url)
+
+    with pgq.reading() as connection:
+        plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN SELECT * FROM pgqueue_{name}").all()
+
+    steps = [step.detail for step in plan if re.match(r"\w+ pgqueue_jobs\b", step.detail)]
+    found = [re.search(r"INDEX pgqueue_(\w+)|INTEGER (PRIMARY KEY)", step) for step in steps]
+    assert all(found), steps
+    assert {one[1] or one[2] for one in found if one} == SQLITE_PLANS[name]
+    pgq.dispose()
 
 
 def test_the_views_of_an_empty_queue_are_empty(pgq: PgQueue) -> None:
