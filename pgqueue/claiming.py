@@ -31,6 +31,10 @@ LOOK_DELAY_SECONDS = 0.005
 DRAIN_SECONDS_MIN = 0.01
 
 OVERDUE = Released("it waited behind long jobs while another worker may have been free")
+PAUSED = Released("its queue was paused before it was started")
+
+#: How often a worker that holds jobs ahead looks whether their queue was paused.
+PAUSE_LOOK_SECONDS = 0.5
 
 
 class Claimer(DatabaseLoop):
@@ -71,6 +75,7 @@ class Claimer(DatabaseLoop):
         self._lanes = {name: Lanes() for name in slots if assignment.on_postgresql}
         self._unsure_claims: list[uuid.UUID] = []
         self._drain_wait = DRAIN_SECONDS_MIN
+        self._look_for_pause_at = dict.fromkeys(slots, 0.0)  # monotonic
 
     def look_again(self, queue: str | None) -> None:
         """There may be jobs in this queue, or in any (None). From any thread."""
@@ -86,6 +91,7 @@ class Claimer(DatabaseLoop):
         for slots in self._slots.values():
             if self._stopping():
                 return wait
+            self._give_back_paused(connection, slots)
             self._give_back_overdue(connection, slots)
             if self._wanted(slots) > 0:
                 if time.monotonic() >= slots.looks_empty_until:
@@ -93,9 +99,24 @@ class Claimer(DatabaseLoop):
                 wait = min(wait, slots.looks_empty_until - time.monotonic())
             if slots.holds_ahead:
                 wait = min(wait, OVERDUE_SECONDS)
+            elif slots.waiting:
+                wait = min(wait, PAUSE_LOOK_SECONDS)
         if self._config.drain and wait > 0 and not self._holds.by_id:
             return self._drain_step(connection)
         return max(wait, 0.0)
+
+    def _give_back_paused(self, connection: sa.Connection, slots: Slots) -> None:
+        """Give back what waits in the buffer of a queue that was paused since it was claimed."""
+        if not slots.waiting or time.monotonic() < self._look_for_pause_at[slots.name]:
+            return
+        self._look_for_pause_at[slots.name] = time.monotonic() + PAUSE_LOOK_SECONDS
+        with looking(connection):
+            paused = sharing.was_paused(connection, self._tables, queue=slots.name)
+        given_back = slots.take_back_all() if paused else []
+        for job in given_back:
+            self._finish(job, PAUSED)
+        if given_back:
+            logger.info("queue %s is paused: gave back %d jobs that were not started", slots.name, len(given_back))
 
     def _give_back_overdue(self, connection: sa.Connection, slots: Slots) -> None:
         """Give back what waits in the buffer behind long jobs, should another worker be free to run it."""

@@ -1,6 +1,7 @@
-"""Whether jobs that one worker holds ahead of its slots would start sooner with another worker.
+"""Whether a worker is to give back jobs that it holds ahead of its slots: they would start sooner with another worker,
+or are not to start, because their queue was paused meanwhile.
 
-Only a hint: jobs that are given back in vain wait as pending ones instead, and nothing else changes.
+Only hints: jobs that are given back in vain wait as pending ones instead, and nothing else changes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,17 @@ def others_may_be_free(
     no other job of these tasks could be claimed. Never in a paused queue. One statement."""
     parameters = {"of_queue": queue, "worker": worker, "tasks": list(tasks), "seconds": -seconds}
     return bool(connection.execute(_others_may_be_free(tables), parameters).scalar_one())
+
+
+def was_paused(connection: sa.Connection, tables: Tables, *, queue: str) -> bool:
+    """Whether nothing is to be started from this queue now."""
+    return bool(connection.execute(_was_paused(tables), {"of_queue": queue}).scalar_one())
+
+
+@cache
+def _was_paused(tables: Tables) -> sa.Select[Any]:
+    queues = tables.queues
+    return sa.select(sa.exists().where(queues.c.name == sa.bindparam("of_queue", type_=sa.Text()), is_paused(queues)))
 
 
 @cache

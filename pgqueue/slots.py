@@ -121,6 +121,11 @@ class Slots:
             return True
 
     @property
+    def waiting(self) -> int:
+        """How many jobs wait in the buffer."""
+        return len(self._buffer)
+
+    @property
     def holds_ahead(self) -> bool:
         """Whether jobs wait in the buffer, which `overdue` watches."""
         return bool(self._buffer) and self._prefetch is None
@@ -175,16 +180,26 @@ class Slots:
                 self._low = self._ahead() // 2
             return taken
 
+    def take_back_all(self) -> list[ClaimedJob]:
+        """All jobs out of the buffer."""
+        with self._lock:
+            taken = self._empty()
+            self.started -= len(taken)
+            return taken
+
     def close(self) -> list[ClaimedJob]:
         """Start nothing more; the jobs that were not started."""
         with self._lock:
             self._closed = True
-            unstarted = []
-            while (job := self._take()) is not None:
-                unstarted.append(job)
             for _ in range(self._threads):
                 self._inbox.put(None)
-            return unstarted
+            return self._empty()
+
+    def _empty(self) -> list[ClaimedJob]:
+        taken = []
+        while (job := self._take()) is not None:
+            taken.append(job)
+        return taken
 
     def _ahead(self) -> int:
         """How many jobs to hold ahead of the slots."""

@@ -8,7 +8,7 @@ import pytest
 from support import execute, wait_for
 from working import Gate, enqueue, enqueue_many, events, statuses, table, wait_for_status, working
 
-from pgqueue import PgQueue, Worker, sharing, store
+from pgqueue import PgQueue, Task, Worker, sharing, store
 
 QUICK_JOBS = 12
 
@@ -195,6 +195,37 @@ def test_nobody_may_be_free_while_a_job_could_be_claimed(shared: PgQueue) -> Non
     enqueue(shared.get_task("long"))
     assert ask(shared, tasks=["quick"]) is True
     assert ask(shared) is False
+
+
+def test_what_was_claimed_ahead_is_not_started_once_its_queue_is_paused(pgq: PgQueue, gate: Gate) -> None:
+    started = []
+
+    @pgq.task
+    def work(n: int) -> None:
+        started.append(n)
+        gate.pass_through()
+
+    first, *others = enqueue_each(work, 6)
+
+    with working(pgq, queues={"default": 1}, prefetch=10, poll_interval=30.0) as worker:
+        wait_for(lambda: statuses(pgq) == {"running": 6}, "the worker to hold all of them")
+        pgq.pause("default")
+        wait_for(lambda: statuses(pgq) == {"running": 1, "pending": 5}, "what was not started to be given back")
+        gate.open()
+        wait_for_status(pgq, first, "completed")
+        assert started == [0]
+
+        pgq.resume("default")
+        worker._claimer.look_again("default")
+        wait_for_status(pgq, others[-1], "completed")
+
+    assert started == [0, 1, 2, 3, 4, 5]
+    assert {events(pgq, job_id)[0] for job_id in others} == {"release"}
+    assert all(pgq.get_job(job_id).retries == 0 for job_id in others)
+
+
+def enqueue_each(task: Task[..., Any], count: int) -> list[int]:
+    return [enqueue(task, n=n) for n in range(count)]
 
 
 def test_nothing_is_given_back_to_a_paused_queue(shared: PgQueue) -> None:
