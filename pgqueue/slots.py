@@ -100,6 +100,7 @@ class Slots:
             stuck = self._free == 0 and time.monotonic() - self._last_began >= PREFETCH_SECONDS
             ahead = 0 if stuck and self._prefetch is None else self._ahead()
             if self._closed or (self._free == 0 and len(self._buffer) > ahead // 2):
+                self._low, self._asked = ahead // 2, False
                 return 0
             return max(0, min(self._free + ahead - len(self._buffer), CLAIM_JOBS_MAX))
 
