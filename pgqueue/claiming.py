@@ -30,6 +30,11 @@ LOOK_DELAY_SECONDS = 0.005
 #: The first wait of a draining worker for due jobs that it could not claim; it doubles up to the poll interval.
 DRAIN_SECONDS_MIN = 0.01
 
+#: While so many ends wait to be written, no more jobs are claimed: the database is slower than the tasks. The next look
+#: is after so many seconds.
+UNWRITTEN_JOBS_MAX = 4_000
+BEHIND_SECONDS = 0.005
+
 OVERDUE = Released("it waited behind long jobs while another worker may have been free")
 PAUSED = Released("its queue was paused before it was started")
 
@@ -87,6 +92,8 @@ class Claimer(DatabaseLoop):
     def _fill_all(self, connection: sa.Connection) -> float:
         """Fill the buffers. Returns how long there is nothing to do."""
         self.release_unsure(connection)
+        if self._unwritten() > UNWRITTEN_JOBS_MAX:
+            return BEHIND_SECONDS
         wait = self._config.poll_interval
         for slots in self._slots.values():
             if self._stopping():
@@ -104,6 +111,10 @@ class Claimer(DatabaseLoop):
         if self._config.drain and wait > 0 and not self._holds.by_id:
             return self._drain_step(connection)
         return max(wait, 0.0)
+
+    def _unwritten(self) -> int:
+        """How many jobs have ended and are still held, because their ends are not written."""
+        return len(self._holds.by_id) - sum(slots.waiting + slots.running for slots in self._slots.values())
 
     def _give_back_paused(self, connection: sa.Connection, slots: Slots) -> None:
         """Give back what waits in the buffer of a queue that was paused since it was claimed."""

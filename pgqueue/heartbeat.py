@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 #: How often a worker that holds jobs looks whether somebody wants one of them stopped, should no notification say so.
 LOOK_SECONDS = 1.0
+
+#: The most jobs whose leases are extended in one transaction, which keeps their ends from being written meanwhile.
+EXTEND_JOBS_MAX = 1_000
 
 STOPPED_ON_REQUEST = Cancelled(ASKED_TO_STOP)
 
@@ -71,20 +74,25 @@ class Heartbeat(DatabaseLoop):
 
     def _beat(self, connection: sa.Connection) -> None:
         """Extend the leases of all jobs held, and let go of those that were lost."""
-        asked_at = time.monotonic()
+        began = time.monotonic()
         # Set before it is done: the next one may be wanted at once meanwhile.
-        self._next_beat = asked_at + self._config.heartbeat_seconds
-        holds = list(self._holds.by_id.values())
-        claims = [(hold.job.id, hold.job.claim_token) for hold in holds]
+        self._next_beat = began + self._config.heartbeat_seconds
         try:
-            # With nothing to extend it is one statement, and that an idle worker often sends.
-            with connection.begin() if claims else committing_each(connection):
-                kept = store.extend(connection, self._tables, claims, lease=self._config.lease) if claims else {}
+            holds = list(self._holds.by_id.values())
+            for first in range(0, len(holds), EXTEND_JOBS_MAX):
+                self._extend(connection, holds[first : first + EXTEND_JOBS_MAX])
+            with committing_each(connection):
                 store.beat(connection, self._tables, self._row())
         except BaseException:
             self._next_beat = 0.0
             raise
-        self.last_beat = asked_at
+        self.last_beat = began
+
+    def _extend(self, connection: sa.Connection, holds: Sequence[Hold]) -> None:
+        asked_at = time.monotonic()
+        claims = [(hold.job.id, hold.job.claim_token) for hold in holds]
+        with connection.begin():
+            kept = store.extend(connection, self._tables, claims, lease=self._config.lease)
         for hold in holds:
             if hold.job.id in kept:
                 hold.sure_until = asked_at + self._config.lease

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from support import execute, scalar, wait_for
 from working import Gate, enqueue, enqueue_many, events, seize, statuses, table, wait_for_status, working
 
-from pgqueue import PgQueue, Retry, Task, Worker, WorkerConfig, current_job, loop, store
+from pgqueue import PgQueue, Retry, Task, Worker, WorkerConfig, current_job, heartbeat, loop, store
 from pgqueue.dialect import now
 from pgqueue.engine import end_if_frozen
 from pgqueue.finishing import Finisher
@@ -140,6 +140,35 @@ def test_the_leases_of_jobs_in_the_buffer_are_extended_as_well(pgq: PgQueue, gat
         wait_for(lambda: statuses(pgq) == {"completed": 4}, "all jobs to complete")
 
     assert [pgq.get_job(job_id).attempt for job_id in (first, *others)] == [1, 1, 1, 1]
+    assert (worker.report.swept, worker.report.lost) == (0, 0)
+
+
+def test_the_leases_of_many_jobs_are_extended_some_at_a_time(
+    pgq: PgQueue, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is being extended cannot be finished meanwhile."""
+    extend, at_once = store.extend, []
+
+    def note(connection: sa.Connection, tables: Any, claims: Any, **settings: Any) -> dict[int, bool]:
+        at_once.append((len(list(claims)), connection.get_transaction()))
+        return extend(connection, tables, claims, **settings)
+
+    monkeypatch.setattr(heartbeat, "EXTEND_JOBS_MAX", 2)
+    monkeypatch.setattr(store, "extend", note)
+    jobs = enqueue_many(held_up(pgq, gate, "def"), 5)
+
+    with working(pgq, queues={"default": 1}, prefetch=5, **ALIVE) as worker:
+        wait_for(lambda: statuses(pgq) == {"running": 5}, "all jobs to be claimed")
+        before = [lease_end(pgq, job_id) for job_id in jobs]
+        wait_for(
+            lambda: all(lease_end(pgq, job_id) > end for job_id, end in zip(jobs, before, strict=True)),
+            "all leases to be extended",
+        )
+        gate.open()
+        wait_for(lambda: statuses(pgq) == {"completed": 5}, "all jobs to complete")
+
+    assert max(count for count, _ in at_once) == 2
+    assert len({id(transaction) for _, transaction in at_once}) == len(at_once)
     assert (worker.report.swept, worker.report.lost) == (0, 0)
 
 

@@ -22,10 +22,13 @@ from pgqueue import (
     Snooze,
     Worker,
     WorkerConfig,
+    claiming,
     current_job,
     running,
     store,
 )
+from pgqueue.claiming import Claimer
+from pgqueue.finishing import Finisher
 
 AT_ONCE = Retry(max_retries=2, backoff="constant", base=0, jitter=False)
 
@@ -639,6 +642,40 @@ def test_a_wake_up_that_comes_while_the_database_is_asked_for_jobs_is_not_lost(
     with working(pg, poll_interval=300, listen=False) as worker:
         wait_for(lambda: ids, "the question that misses a job")
         wait_for_status(pg, ids[0], "completed")
+
+
+def test_nothing_more_is_claimed_while_the_ends_of_many_jobs_wait_to_be_written(
+    pgq: PgQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a worker whose database is slow at writing would come to hold the whole backlog."""
+
+    @pgq.task
+    def works() -> None: ...
+
+    database, written, behind = Gate(), Finisher._write, []
+
+    def write_later(finisher: Finisher, *arguments: Any) -> set[int]:
+        database.pass_through()
+        return written(finisher, *arguments)
+
+    def look(claimer: Claimer) -> int:
+        unwritten = counted(claimer)
+        behind.extend([unwritten] * (unwritten > 20))
+        return unwritten
+
+    counted = Claimer._unwritten
+    monkeypatch.setattr(Finisher, "_write", write_later)
+    monkeypatch.setattr(Claimer, "_unwritten", look)
+    monkeypatch.setattr(claiming, "UNWRITTEN_JOBS_MAX", 20)
+    enqueue_many(works, 200)
+
+    with working(pgq, queues={"default": 2}, prefetch=10):
+        wait_for(lambda: len(behind) >= 20, "the worker to look several times whether its ends are written")
+        held = statuses(pgq)["running"]
+        database.open()
+        wait_for(lambda: statuses(pgq) == {"completed": 200}, "all jobs to complete")
+
+    assert 20 < held <= 20 + 2 * (2 + 10)
 
 
 def test_failures_are_logged_with_the_task_the_job_and_what_happens_next(
