@@ -31,6 +31,7 @@ def test_ending_every_connection_of_the_workers_again_and_again_loses_nothing_an
 
     for strike in range(1, 13):
         wait_until_completed(pgq, 40 * strike, f"progress before strike {strike}")
+        wait_for(lambda: scalar(pgq.engine, CONNECTIONS_OF_WORKERS) >= len(workers), "workers to be connected again")
         ended.append(scalar(pgq.engine, END_CONNECTIONS_OF_WORKERS))
     wait_until_all_final(pgq)
 
@@ -41,10 +42,12 @@ def test_ending_every_connection_of_the_workers_again_and_again_loses_nothing_an
     assert all(worker.alive for worker in workers)
 
 
-END_CONNECTIONS_OF_WORKERS = """
-    SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+CONNECTIONS_OF_WORKERS = """
+    SELECT count(*) FROM pg_stat_activity
     WHERE datname = current_database() AND pid <> pg_backend_pid() AND application_name = 'pgqueue'
 """
+
+END_CONNECTIONS_OF_WORKERS = CONNECTIONS_OF_WORKERS.replace("count(*)", "count(pg_terminate_backend(pid))")
 
 
 @pytest.mark.parametrize("fault", [Fault.DROP_ANSWER, Fault.CUT])
