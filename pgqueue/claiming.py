@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -123,11 +123,10 @@ class Claimer(DatabaseLoop):
         self._look_for_pause_at[slots.name] = time.monotonic() + PAUSE_LOOK_SECONDS
         with looking(connection):
             paused = sharing.was_paused(connection, self._tables, queue=slots.name)
-        given_back = slots.take_back_all() if paused else []
-        for job in given_back:
-            self._finish(job, PAUSED)
-        if given_back:
-            logger.info("queue %s is paused: gave back %d jobs that were not started", slots.name, len(given_back))
+        if paused:
+            self._give_back(
+                slots, slots.take_back_all(), PAUSED, "queue %s is paused: gave back %d jobs that were not started"
+            )
 
     def _give_back_overdue(self, connection: sa.Connection, slots: Slots) -> None:
         """Give back what waits in the buffer behind long jobs, should another worker be free to run it."""
@@ -145,11 +144,16 @@ class Claimer(DatabaseLoop):
                 seconds=self._config.lease * SILENT_LEASES,
             )
         slots.asked_others(free=free, seconds=time.monotonic() - began)
-        given_back = slots.take_back(overdue) if free else []
-        for job in given_back:
-            self._finish(job, OVERDUE)
-        if given_back:
-            logger.info("queue %s: gave back %d jobs that waited behind long ones", slots.name, len(given_back))
+        if free:
+            self._give_back(
+                slots, slots.take_back(overdue), OVERDUE, "queue %s: gave back %d jobs that waited behind long ones"
+            )
+
+    def _give_back(self, slots: Slots, jobs: Sequence[ClaimedJob], outcome: Outcome, told: str) -> None:
+        for job in jobs:
+            self._finish(job, outcome)
+        if jobs:
+            logger.info(told, slots.name, len(jobs))
 
     def _wanted(self, slots: Slots) -> int:
         wanted = slots.wanted()
@@ -173,15 +177,14 @@ class Claimer(DatabaseLoop):
 
     def _fill_plainly(self, connection: sa.Connection, slots: Slots, told: bool) -> None:
         lanes = self._lanes.get(slots.name)
+        before = slots.started
         if lanes is None:
-            before = slots.started
             found_all = self._claim(connection, slots)
             if slots.started == before and self._are_limited(connection, slots):
                 self._limited.add(slots.name)
         else:
             # What a worker is told of lies behind the marks, as a rule.
             goes_on = lanes.known and (told or not lanes.may_look())
-            before = slots.started
             found_all = goes_on and self._claim(connection, slots, lanes)
             if told and not found_all and slots.started > before and not lanes.should_look():
                 # What it was told of is found. Let that start, before this thread looks for what else there may be.

@@ -3,7 +3,8 @@
 All of it happens in the claim. A claim from a queue with limits locks the rows of `limits` that concern it (`gating`),
 so it is the only one that decides about them; then it
 
-1. finds slots that came free: jobs that hold one and run no more, whatever ended them, are found by the index `slots`;
+1. finds slots that came free and that others wait for: their holders run no more, whatever ended them, and are found by
+   the index `slots`;
 2. offers each of these to the next job that waits for it (`offers`);
 3. looks at the due jobs, lets `admission.admit` decide which of them may start, and claims those;
 4. sets the others aside (`waits_for`), out of the index that claims go by, until a later claim offers them a slot.
