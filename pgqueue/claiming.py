@@ -64,7 +64,9 @@ class Claimer(DatabaseLoop):
         expire: lets jobs that expired be dead.
         stopping, stop_working: of the whole worker.
         """
-        super().__init__("claim", assignment.engine, self._fill_all, assignment.outage, assignment.config.lease)
+        super().__init__(
+            "claim", assignment.engine, self._fill_all, assignment.outage, assignment.config.lease, keeps_plans=True
+        )
         self._config = assignment.config
         self._tables = assignment.tables
         self._task_names = assignment.task_names

@@ -32,6 +32,9 @@ LOCK_NOT_AVAILABLE = "55P03"
 #: What PgBouncer says when it had no server connection to give. Then the transaction did not begin.
 QUERY_WAIT_TIMEOUT = "query_wait_timeout"
 
+#: The SQLSTATEs of a prepared statement that is not there, and of one that is there already.
+MIXED_UP = ("26000", "42P05")
+
 #: The longest timeout that PostgreSQL knows.
 IDLE_MILLISECONDS_MAX = 2**31 - 1
 
@@ -140,8 +143,8 @@ def _read_moments(engine: sa.Engine) -> None:
 def _connect_arguments(url: sa.URL) -> dict[str, Any]:
     """What psycopg is given besides the URL.
 
-    No prepared statements: they break behind a pooler in transaction mode, and after a migration that changes a
-    column. A claim or a finish covers hundreds of jobs, so planning it anew costs nothing that can be measured.
+    No prepared statements: they break behind a pooler in transaction mode, and a session that is shared has to plan for
+    whatever is sent next. A worker's own sessions keep their plans (`plans`).
     """
     arguments = {name: value for name, value in CONNECT_DEFAULTS.items() if name not in url.query}
     return {**arguments, "prepare_threshold": None}
@@ -408,7 +411,7 @@ def explain(error: exc.DBAPIError, url: sa.URL) -> PgqueueError | None:
             f"database user {url.username!r} lacks a right in {where}: {message}. Working takes, from the owner: GRANT "
             "USAGE on the schema, and SELECT, INSERT, UPDATE, DELETE on its tables"
         )
-    if sqlstate in ("26000", "42P05"):
+    if sqlstate in MIXED_UP:
         return ConfigurationError(
             f"{where}: {message}. A pooler in transaction mode mixes up what its clients prepare; make the engine with "
             'connect_args={"prepare_threshold": None}'
@@ -468,6 +471,11 @@ def is_transient(error: BaseException) -> bool:
 def is_locked(error: BaseException) -> bool:
     """Whether a statement waited for another transaction until the server ended that; a savepoint survives it."""
     return isinstance(error, exc.DBAPIError) and getattr(error.orig, "sqlstate", None) in ("55P03", "40P01")
+
+
+def is_mixed_up(error: BaseException) -> bool:
+    """Whether the session has lost what was prepared in it, or has what somebody else prepared."""
+    return isinstance(error, exc.DBAPIError) and getattr(error.orig, "sqlstate", None) in MIXED_UP
 
 
 def is_refusal(error: BaseException) -> bool:

@@ -44,7 +44,9 @@ class Finisher(DatabaseLoop):
         """limited: queues whose claims have to keep limits.
         settled: told after each write which of those had jobs in it, and to which queues jobs were given back.
         """
-        super().__init__("finish", assignment.engine, self._write_next, assignment.outage, assignment.config.lease)
+        super().__init__(
+            "finish", assignment.engine, self._write_next, assignment.outage, assignment.config.lease, keeps_plans=True
+        )
         self._worker_id = assignment.worker_id
         self._tables = assignment.tables
         self._definitions = assignment.definitions

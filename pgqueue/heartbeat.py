@@ -38,7 +38,14 @@ class Heartbeat(DatabaseLoop):
         self, assignment: Assignment, holds: Holds, runner: Runner, lost: Callable[[ClaimedJob], None]
     ) -> None:
         """lost: told of a job that is no longer this worker's."""
-        super().__init__("heartbeat", assignment.engine, self._beat_or_look, assignment.outage, assignment.config.lease)
+        super().__init__(
+            "heartbeat",
+            assignment.engine,
+            self._beat_or_look,
+            assignment.outage,
+            assignment.config.lease,
+            keeps_plans=True,
+        )
         self.last_beat = time.monotonic()
         self._next_beat = 0.0
         self._config = assignment.config

@@ -14,6 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import event
 
+from pgqueue import plans
 from pgqueue.engine import (
     describe_url,
     end_if_frozen,
@@ -21,6 +22,7 @@ from pgqueue.engine import (
     first_line,
     is_bounding_itself,
     is_disconnect,
+    is_mixed_up,
     is_transient,
 )
 
@@ -83,12 +85,16 @@ class DatabaseLoop(threading.Thread):
         step: Callable[[sa.Connection], float],
         outage: Outage,
         frozen_after: float,
+        *,
+        keeps_plans: bool = False,
     ) -> None:
+        """keeps_plans: for steps that send the same statements over and over."""
         super().__init__(name=f"pgqueue-{name}", daemon=True)
         self._engine = engine
         self._step = step
         self._outage = outage
         self._frozen_after = frozen_after
+        self._keeps_plans = keeps_plans
         self._stop_requested = False
         self._reported = False  # the present failure, when it is none of the database's
         self._wake = threading.Event()
@@ -103,18 +109,27 @@ class DatabaseLoop(threading.Thread):
 
     def run(self) -> None:
         connection: sa.Connection | None = None
+        keeps_plans, renew_at = False, 0.0
         failures = 0
         while not self._stop_requested:
             try:
                 if connection is None:
                     connection = self._engine.connect()
                     event.listen(connection, "begin", self._transaction_begins)
+                    keeps_plans, renew_at = self._keeps_plans and plans.keep(connection), 0.0
+                if keeps_plans and time.monotonic() >= renew_at:
+                    plans.renew(connection)
+                    renew_at = time.monotonic() + plans.RENEW_SECONDS
                 wait = self._step(connection)
             except LoopEnded:
                 break
             except Exception as error:  # noqa: BLE001 — a background duty outlives every failure
                 failures += 1
-                if failures == 1 and connection is not None and is_disconnect(error):
+                if self._keeps_plans and is_mixed_up(error):
+                    logger.warning("%s: keeps no plans any more, which another session has lost or taken", self.name)
+                    self._keeps_plans = False
+                    wait = 0.0
+                elif failures == 1 and connection is not None and is_disconnect(error):
                     # It may have broken long ago, while nothing was to do. Only a new one tells of an outage.
                     logger.info("%s: the connection broke, making a new one", self.name)
                     wait = 0.0

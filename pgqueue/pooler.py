@@ -20,10 +20,15 @@ def mixes_sessions(engine: sa.Engine) -> bool:
     if engine.dialect.name != POSTGRESQL:
         return False
     with engine.connect() as one:
-        if _pid_told(one) in (None, _pid(one)):
+        if _pid_told(one) is None or is_own_session(one):
             return False
         with engine.connect() as other:
             return _mixed(one, other)
+
+
+def is_own_session(connection: sa.Connection) -> bool:
+    """Whether the session of the server that this connection speaks to is surely its own."""
+    return _pid_told(connection) == _pid(connection)
 
 
 def _mixed(one: sa.Connection, other: sa.Connection) -> bool:

@@ -136,6 +136,7 @@ class _Link:
         self._server = server
         self._transaction: list[str] | None = None
         self._silenced = False
+        self._prepared: dict[bytes, str] = {}
 
     def pump_client(self) -> None:
         with suppress(OSError, EOFError):
@@ -167,7 +168,7 @@ class _Link:
     def _forward_message(self) -> bool:
         head = self._receive(5)
         body = self._receive(struct.unpack("!i", head[1:])[0] - 4)
-        sql = _sql_of(head[:1], body)
+        sql = self._sql_of(head[:1], body)
         if sql is not None and _is(sql, "BEGIN"):
             self._transaction = []
         fault = self._owner.judge(sql, self._transaction)
@@ -182,6 +183,19 @@ class _Link:
                 self._transaction = None
         return True
 
+    def _sql_of(self, kind: bytes, body: bytes) -> str | None:
+        """The text that the server runs because of this message; where nothing is prepared, once the next has come."""
+        if kind == b"Q":
+            return body[:-1].decode()
+        if kind == b"P":  # Parse: the name of the statement, its text, its parameters' types
+            name, text = body.split(b"\0")[:2]
+            if not name:
+                return text.decode()
+            self._prepared[name] = text.decode()
+        if kind == b"B":  # Bind: the name of the portal, that of the statement, its parameters
+            return self._prepared.get(body.split(b"\0")[1])
+        return None
+
     def _receive(self, size: int) -> bytes:
         data = b""
         while len(data) < size:
@@ -194,14 +208,6 @@ class _Link:
     def _cut_both(self) -> None:
         _cut(self._client)
         _cut(self._server)
-
-
-def _sql_of(kind: bytes, body: bytes) -> str | None:
-    if kind == b"Q":
-        return body[:-1].decode()
-    if kind == b"P":  # Parse: the name of the statement, its text, its parameters' types
-        return body.split(b"\0")[1].decode()
-    return None
 
 
 def _is(sql: str, command: str) -> bool:

@@ -90,7 +90,7 @@ def test_every_hot_statement_goes_by_its_index_and_reads_what_it_needs(pgq: PgQu
 
 @pytest.mark.parametrize("name", HOT)
 def test_a_plan_for_any_parameters_goes_by_the_same_index(pgq: PgQueue, name: str) -> None:
-    """Nothing is prepared, but a pooler or a driver may do so, and then the plan is made once for all parameters."""
+    """Also without the settings of a worker's sessions: a driver of the application's may prepare as well."""
     if scalar(pgq.engine, "SELECT current_setting('server_version_num')::int") < 160_000:
         pytest.skip("EXPLAIN (GENERIC_PLAN) came with PostgreSQL 16")
     with pgq.engine.connect() as connection, recorded(pgq.engine) as sent:

@@ -21,7 +21,7 @@ from sqlalchemy import event
 from sqlalchemy.orm import Session
 from support import execute, rows
 
-from pgqueue import JobStatus, PgQueue, Worker, WorkerConfig, cli
+from pgqueue import JobStatus, PgQueue, Worker, WorkerConfig, cli, pooler
 from pgqueue.cli.program import EXIT_CODES, FAILURE
 from pgqueue.dialect import SQLITE_VERSION_MIN
 from pgqueue.supervisor import DRAINED_WITH_DEAD
@@ -147,7 +147,11 @@ def abandon_a_job(pgq: PgQueue) -> None:
         connection.execute(jobs.update().where(jobs.c.id == job.id).values(claim_expires_at=long_ago))
 
 
-def test_a_worker_that_does_not_listen_keeps_nothing_in_its_sessions(pg: PgQueue) -> None:
+def test_a_worker_behind_a_pooler_that_does_not_listen_keeps_nothing_in_its_sessions(
+    pg: PgQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pooler, "is_own_session", lambda connection: False)
+
     @pg.task(transactional=True)
     def count(session: Session, n: int) -> int:
         return n
