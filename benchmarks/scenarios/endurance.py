@@ -12,6 +12,23 @@ from benchmarks.systems import CHUNK, POSTGRESQL_PEERS, Bench, Records, Refused,
 FIRST, LAST, LASTED = "first 10 s: jobs/s", "last 10 s: jobs/s", "last ÷ first"
 LATE, OTHERS = "longest wait of a job committed late, s", "longest wait of the others, s"
 
+#: Of jobs that were not committed late: the longest time from when one was due, or was taken back from a lost consumer,
+#: to its next claim. Claims that were lost are known by when they were taken back, so such a wait comes out too long
+#: rather than too short.
+LONGEST_WAIT = """
+    WITH others AS (
+        SELECT id, run_at, claimed_at FROM pgqueue.jobs
+         WHERE (payload->>'n')::bigint < %s AND attempt = retries + 1
+    ), moments AS (
+        SELECT id, run_at AS at FROM others
+        UNION ALL SELECT id, claimed_at FROM others
+        UNION ALL SELECT id, at FROM others JOIN pgqueue.job_events ON job_id = id WHERE event = 'sweep' AND at > run_at
+    ), waits AS (
+        SELECT at - lag(at) OVER (PARTITION BY id ORDER BY at) AS wait FROM moments
+    )
+    SELECT extract(epoch FROM max(wait)) FROM waits
+"""
+
 #: So many jobs are kept waiting, so that neither the worker nor the producer runs dry or away.
 AHEAD = 20_000
 
@@ -76,11 +93,7 @@ def endure_mixed(bench: Bench, system: System, scale: Scale) -> Metrics:
         bench.wait_until_finished(system, connection, workers)
         records = workers.records()
         statuses = dict(connection.execute("SELECT status, count(*) FROM pgqueue.jobs GROUP BY 1").fetchall())
-        waited = connection.execute(
-            "SELECT extract(epoch FROM max(claimed_at - run_at)) FROM pgqueue.jobs"
-            " WHERE (payload->>'n')::bigint < %s AND attempt = retries + 1",
-            [told["late_from"]],
-        ).fetchone()[0]
+        waited = connection.execute(LONGEST_WAIT, [told["late_from"]]).fetchone()[0]
     if set(statuses) != {"completed"}:
         raise Refused(f"not all jobs were completed: {json.dumps(statuses)}")
     first_runs: dict[int, int] = {}
