@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ OWN_COLOUR, LIMIT_COLOUR, PEER_COLOUR = "#1f6feb", "#9aa4ad", "#d0a25b"
 
 COLUMNS = 2
 PANEL_INCHES = (6.0, 2.9)
+TITLE_CHARACTERS = 60
+
+#: Room above the curves for the names of the systems.
+LEGEND_SHARE = 0.35
 
 
 def draw(rows: list[Row], samples: Samples, path: Path) -> bool:
@@ -34,7 +39,7 @@ def draw(rows: list[Row], samples: Samples, path: Path) -> bool:
     for axis in axes.flat[len(shown) :]:
         axis.set_visible(False)
     for axis, row in zip(axes.flat, shown, strict=False):
-        axis.set_title(f"{row.number}. {row.title}", loc="left", fontsize=9)
+        axis.set_title(textwrap.fill(f"{row.number}. {row.title}", TITLE_CHARACTERS), loc="left", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
         if row.curve:
             _draw_curves(axis, row, samples)
@@ -66,17 +71,17 @@ def draw(rows: list[Row], samples: Samples, path: Path) -> bool:
 
 def _draw_curves(axis: Any, row: Row, samples: Samples) -> None:
     for name in row.systems:
+        colour = _colour(name) if _colour(name) != PEER_COLOUR else None
         rates = []
         while (rate := samples.median(row, (name, window(len(rates))))) is not None:
             rates.append(rate)
         if rates:
             seconds = [(number + 0.5) * WINDOW_SECONDS for number in range(len(rates))]
-            width = 2.5 if _colour(name) == OWN_COLOUR else 1.2
-            axis.plot(seconds, rates, label=name, linewidth=width)
+            axis.plot(seconds, rates, label=name, linewidth=2.5 if colour == OWN_COLOUR else 1.2, color=colour)
     axis.set_xlabel("seconds")
     axis.set_ylabel("jobs/s")
-    axis.set_ylim(bottom=0)
-    axis.legend(fontsize=7, ncols=3, frameon=False)
+    axis.set_ylim(0, axis.get_ylim()[1] * (1 + LEGEND_SHARE))
+    axis.legend(fontsize=7, ncols=3, frameon=False, loc="upper left")
 
 
 def _medians(row: Row, samples: Samples) -> dict[str, float]:

@@ -22,7 +22,8 @@ LONGEST_WAIT = """
     ), moments AS (
         SELECT id, run_at AS at FROM others
         UNION ALL SELECT id, claimed_at FROM others
-        UNION ALL SELECT id, at FROM others JOIN pgqueue.job_events ON job_id = id WHERE event = 'sweep' AND at > run_at
+        UNION ALL SELECT others.id, lost.at FROM others JOIN pgqueue.job_events lost ON lost.job_id = others.id
+                   WHERE lost.event = 'sweep' AND lost.at > others.run_at
     ), waits AS (
         SELECT at - lag(at) OVER (PARTITION BY id ORDER BY at) AS wait FROM moments
     )
