@@ -71,13 +71,14 @@ def draw(rows: list[Row], samples: Samples, path: Path) -> bool:
 
 def _draw_curves(axis: Any, row: Row, samples: Samples) -> None:
     for name in row.systems:
-        colour = _colour(name) if _colour(name) != PEER_COLOUR else None
+        colour = _colour(name)
         rates = []
         while (rate := samples.median(row, (name, window(len(rates))))) is not None:
             rates.append(rate)
         if rates:
             seconds = [(number + 0.5) * WINDOW_SECONDS for number in range(len(rates))]
-            axis.plot(seconds, rates, label=name, linewidth=2.5 if colour == OWN_COLOUR else 1.2, color=colour)
+            width = 2.5 if colour == OWN_COLOUR else 1.2
+            axis.plot(seconds, rates, label=name, linewidth=width, color=None if colour == PEER_COLOUR else colour)
     axis.set_xlabel("seconds")
     axis.set_ylabel("jobs/s")
     axis.set_ylim(0, axis.get_ylim()[1] * (1 + LEGEND_SHARE))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -470,12 +470,16 @@ def is_transient(error: BaseException) -> bool:
 
 def is_locked(error: BaseException) -> bool:
     """Whether a statement waited for another transaction until the server ended that; a savepoint survives it."""
-    return isinstance(error, exc.DBAPIError) and getattr(error.orig, "sqlstate", None) in ("55P03", "40P01")
+    return _has_sqlstate(error, (LOCK_NOT_AVAILABLE, "40P01"))
 
 
 def is_mixed_up(error: BaseException) -> bool:
     """Whether the session has lost what was prepared in it, or has what somebody else prepared."""
-    return isinstance(error, exc.DBAPIError) and getattr(error.orig, "sqlstate", None) in MIXED_UP
+    return _has_sqlstate(error, MIXED_UP)
+
+
+def _has_sqlstate(error: BaseException, sqlstates: Collection[str]) -> bool:
+    return isinstance(error, exc.DBAPIError) and getattr(error.orig, "sqlstate", None) in sqlstates
 
 
 def is_refusal(error: BaseException) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import threading
 import time
@@ -109,15 +110,16 @@ class DatabaseLoop(threading.Thread):
 
     def run(self) -> None:
         connection: sa.Connection | None = None
-        keeps_plans, renew_at = False, 0.0
+        renew_at = math.inf  # monotonic; never when no plans are kept
         failures = 0
         while not self._stop_requested:
             try:
                 if connection is None:
                     connection = self._engine.connect()
                     event.listen(connection, "begin", self._transaction_begins)
-                    keeps_plans, renew_at = self._keeps_plans and plans.keep(connection), 0.0
-                if keeps_plans and time.monotonic() >= renew_at:
+                    kept = self._keeps_plans and plans.keep(connection)
+                    renew_at = time.monotonic() + plans.RENEW_SECONDS if kept else math.inf
+                elif time.monotonic() >= renew_at:
                     plans.renew(connection)
                     renew_at = time.monotonic() + plans.RENEW_SECONDS
                 wait = self._step(connection)

@@ -19,6 +19,9 @@ from pgqueue.job import JobStatus, Transition
 #: What a worker's own sessions send again and again.
 OF_WORKERS = sorted(HOT.keys() - {"enqueue", "enqueue_unique", "enqueue_many"})
 
+#: How many jobs a rate lets start.
+BURST = 3
+
 PREPARED = """
     SELECT name, coalesce(cardinality(parameter_types), 0), generic_plans, custom_plans
       FROM pg_prepared_statements WHERE statement ~ 'pgqueue.jobs|limits' ORDER BY prepare_time
@@ -46,10 +49,6 @@ def kept(connection: sa.Connection) -> list[dict[str, Any]]:
         found.append(explained.fetchone()[0][0]["Plan"])
     driver.commit()
     return found
-
-
-#: How many jobs a rate lets start.
-BURST = 3
 
 
 def unbounded(found: list[dict[str, Any]]) -> set[str | None]:
@@ -82,8 +81,7 @@ def test_the_plans_of_claims_within_limits_that_were_made_for_empty_tables_go_by
     pg.set_limits(task="work", concurrency=1, key_concurrency=1, rate=1e-6, burst=BURST)
     with pg.begin() as connection:
         limits.note_ordered(connection, pg.tables, "default")
-    execute_in(
-        keeping,
+    keeping.exec_driver_sql(
         "INSERT INTO pgqueue.jobs (task, concurrency_key, ordering_key) VALUES"
         " ('work', 'a', 'x'), ('work', 'b', 'y'), ('work', 'a', 'x'), ('work', NULL, 'y'), ('work', 'b', NULL)",
     )
@@ -99,8 +97,9 @@ def test_the_plans_of_claims_within_limits_that_were_made_for_empty_tables_go_by
     keeping.commit()
 
     assert len(ran) == BURST
-    assert len(kept(keeping)) > 12
-    assert unbounded(kept(keeping)) <= {"jobs_slots", "jobs_lease"}, "what is running"
+    found = kept(keeping)
+    assert len(found) > 12
+    assert unbounded(found) <= {"jobs_slots", "jobs_lease"}, "what is running"
 
     execute(pg.engine, "INSERT INTO pgqueue.jobs (task) SELECT 'work' FROM generate_series(1, 20000)")
     plans.renew(keeping)
@@ -122,13 +121,9 @@ def test_a_claim_whose_plan_was_made_for_empty_tables_reads_no_backlog(pg: PgQue
 
     assert claim() == 10
 
-    execute_in(keeping, "SELECT pg_stat_force_next_flush()")
+    keeping.exec_driver_sql("SELECT pg_stat_force_next_flush()")
     keeping.commit()
     assert keeping.scalar(sa.text("SELECT seq_tup_read FROM pg_stat_user_tables WHERE relname = 'jobs'")) == 0
-
-
-def execute_in(connection: sa.Connection, sql: str) -> None:
-    connection.execute(sa.text(sql))
 
 
 def test_no_plans_are_kept_on_sqlite(sqlite_url: str) -> None:

@@ -58,3 +58,14 @@ def test_the_claims_of_a_worker_keep_their_plans(pg: PgQueue, monkeypatch: pytes
         wait_for_status(pg, enqueue(greet), "completed")
 
     assert kept == [True] * 3, "of the claimer, the finisher and the heartbeat"
+
+
+def test_a_worker_has_its_plans_made_anew_once_in_a_while(pg: PgQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    renew, renewed = plans.renew, []
+    monkeypatch.setattr(plans, "RENEW_SECONDS", 0.0)
+    monkeypatch.setattr(plans, "renew", lambda connection: renewed.append(renew(connection)))
+    greet = pg.task(name="greet")(lambda: None)
+
+    with working(pg):
+        wait_for(lambda: len(renewed) > 5, "plans to be renewed")
+        wait_for_status(pg, enqueue(greet), "completed")
