@@ -7,6 +7,7 @@ signal: each reads from a pipe that only the supervisor holds open.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import queue
@@ -64,6 +65,8 @@ def run_worker(worker: Worker, *, supervised: bool = False) -> bool:
     with _signals_to(events.put):
         if supervised:
             _watch_supervisor(lambda: events.put(0))
+        gc.collect()
+        gc.freeze()  # what is loaded by now stays: no collection while jobs run has to look through it
         thread = threading.Thread(target=run, name="pgqueue-worker", daemon=True)
         thread.start()
         while (number := events.get()) is not None:
@@ -78,6 +81,7 @@ def run_worker(worker: Worker, *, supervised: bool = False) -> bool:
             elif number:
                 _abort(worker, thread, number)
         thread.join()
+        gc.unfreeze()
     if failure:
         raise failure[0]
     return stopped
