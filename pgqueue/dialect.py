@@ -173,6 +173,24 @@ def _(element: seconds_since, compiler: SQLCompiler, **kw: Any) -> str:
     return f"((julianday('now') - julianday({compiler.process(element.clauses, **kw)})) * 86400.0)"
 
 
+class microseconds(FunctionElement[int]):
+    """Microseconds from 1970 until a moment (an expression): psycopg takes ten times as long for a timestamp."""
+
+    type = sa.BigInteger()
+    inherit_cache = True
+
+
+@compiles(microseconds, POSTGRESQL)
+def _(element: microseconds, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"CAST(date_part('epoch', {compiler.process(element.clauses, **kw)}) * 1000000 AS bigint)"
+
+
+@compiles(microseconds, SQLITE)
+def _(element: microseconds, compiler: SQLCompiler, **kw: Any) -> str:
+    moment = compiler.process(element.clauses, **kw)
+    return f"(strftime('%s', {moment}) * 1000000 + substr(strftime('%f', {moment}), 4) * 1000)"
+
+
 class seconds_before(FunctionElement[datetime]):
     """A moment (an expression), so many seconds (another) earlier."""
 

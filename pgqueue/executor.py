@@ -23,6 +23,9 @@ TRACEBACK_CHARACTERS_MAX = 20_000
 #: How long a coroutine may take to end after its timeout before the worker goes on without it.
 CANCEL_GRACE_SECONDS = 5.0
 
+#: The outcome of a task that returned nothing, as most do.
+COMPLETED = Completed()
+
 _current: contextvars.ContextVar[ClaimedJob] = contextvars.ContextVar("pgqueue_current_job")
 
 
@@ -138,7 +141,7 @@ def _unusable(task: TaskDefinition, error: BaseException) -> Outcome:
 def completed(task: TaskDefinition, result: object) -> Outcome:
     """The outcome of a task that returned `result`."""
     if result is None:
-        return Completed()
+        return COMPLETED
     try:
         return Completed(encode_json(result, f"result of task {task.name!r}"))
     except InvalidPayload as error:

@@ -73,18 +73,8 @@ class Finisher(DatabaseLoop):
         transition = decide(job, outcome, policy, random.random())  # noqa: S311 — jitter
         if self._retains:
             self.retained(transition, job)
-        if transition.event in (EventType.RETRY, EventType.DEAD):
-            logger.log(
-                logging.WARNING if transition.event is EventType.RETRY else logging.ERROR,
-                "task %s, job %d, attempt %d failed with %s; %s",
-                job.task,
-                job.id,
-                job.attempt,
-                transition.error.type if transition.error else "no error",
-                transition.reason,
-            )
-        elif transition.event is EventType.EXPIRE:
-            logger.warning("task %s, job %d expired before it was started; it is dead", job.task, job.id)
+        if transition.event is not None:
+            _log(job, transition)
         self._ended.put(transition)
 
     def _write_next(self, connection: sa.Connection) -> float:
@@ -194,7 +184,7 @@ class Finisher(DatabaseLoop):
                         transition.attempt,
                     )
                 hold = held.get(transition.job_id)
-                if hold is not None and hold.job.claim_token == transition.claim_token:
+                if hold is not None and hold.job.claim_token is transition.claim_token:
                     del held[transition.job_id]
                     if self._limited:
                         queues.add(hold.job.queue)
@@ -215,6 +205,22 @@ class Finisher(DatabaseLoop):
             else:  # of an older attempt, when the job was claimed again meanwhile
                 seconds = hold.ran_seconds if hold.job.attempt == transition.attempt else None
                 self._listeners.tell(events_of(transition, hold.job, seconds))
+
+
+def _log(job: ClaimedJob, transition: Transition) -> None:
+    """Say that an attempt failed, or was not begun in time."""
+    if transition.event in (EventType.RETRY, EventType.DEAD):
+        logger.log(
+            logging.WARNING if transition.event is EventType.RETRY else logging.ERROR,
+            "task %s, job %d, attempt %d failed with %s; %s",
+            job.task,
+            job.id,
+            job.attempt,
+            transition.error.type if transition.error else "no error",
+            transition.reason,
+        )
+    elif transition.event is EventType.EXPIRE:
+        logger.warning("task %s, job %d expired before it was started; it is dead", job.task, job.id)
 
 
 def _characters(transition: Transition) -> int:

@@ -34,9 +34,9 @@ def finish(connection: sa.Connection, tables: Tables, transitions: Sequence[Tran
     dying = [t for t in transitions if t.keep_seconds is not None and t.status is not JobStatus.COMPLETED]
     written: set[int] = set()
     if doomed:
-        gone = _delete(connection, tables, doomed)
-        written.update(job_id for job_id, _ in gone)
-        kept += [t for t in doomed if (t.job_id, t.claim_token) not in gone]
+        gone, left = _delete(connection, tables, doomed)
+        written |= gone
+        kept += left
     if kept:
         written |= _complete(connection, tables, kept)
     if plain or dying:
@@ -62,23 +62,22 @@ def already_written(
     return written
 
 
-def _delete(connection: sa.Connection, tables: Tables, transitions: Sequence[Transition]) -> set[store.Claim]:
-    """Delete completed jobs, with their events; the claims whose jobs are gone."""
-    by_claim: dict[uuid.UUID, list[int]] = {}
-    for transition in transitions:
-        by_claim.setdefault(transition.claim_token, []).append(transition.job_id)
-    with_events: set[int] = set()
-    gone: set[store.Claim] = set()
-    for token, ids in by_claim.items():
-        for job_id, has_events in dialect.execute(
-            connection, _delete_alike(tables), {"ids": sorted(ids), "token": token}
-        ):
-            gone.add((job_id, token))
-            if has_events:
-                with_events.add(job_id)
+def _delete(
+    connection: sa.Connection, tables: Tables, transitions: Sequence[Transition]
+) -> tuple[set[int], list[Transition]]:
+    """Delete completed jobs, with their events; the ids of those that are gone, and the transitions of the others."""
+    gone: set[int] = set()
+    left: list[Transition] = []
+    with_events: list[int] = []
+    for token, of_claim in store.by_claim(transitions).items():
+        parameters = {"ids": sorted(transition.job_id for transition in of_claim), "token": token}
+        deleted = dict(dialect.execute(connection, _delete_alike(tables), parameters).all())
+        gone |= deleted.keys()
+        left += [transition for transition in of_claim if transition.job_id not in deleted]
+        with_events += [job_id for job_id, has_events in deleted.items() if has_events]
     if with_events:
         connection.execute(_delete_events(tables), {"ids": sorted(with_events)})
-    return gone
+    return gone, left
 
 
 @cache

@@ -207,7 +207,10 @@ def decide(job: ClaimedJob, outcome: Outcome, policy: Retry, random: float) -> T
     """
 
     if isinstance(outcome, Completed):
-        return Transition(job.id, job.claim_token, job.attempt, JobStatus.COMPLETED, result_json=outcome.result_json)
+        transition = Transition(job.id, job.claim_token, job.attempt, JobStatus.COMPLETED)
+        if outcome.result_json is not None:
+            transition.result_json = outcome.result_json
+        return transition
     transition = _decide(job, outcome, policy, random)
     if job.cancel_requested and transition.status is not JobStatus.CANCELLED:
         transition.become_cancelled()

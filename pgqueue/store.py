@@ -15,6 +15,7 @@ import json
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cache
 from typing import Any
 
@@ -28,6 +29,7 @@ from pgqueue.dialect import (
     id_among,
     id_in,
     json_of,
+    microseconds,
     now,
     seconds_from_now,
     seconds_since,
@@ -463,6 +465,7 @@ def claim(
 
 def claimed_jobs(rows: Iterable[Any], *, queue: str, worker: str, token: uuid.UUID) -> list[ClaimedJob]:
     """The rows that a claim returned (`claimed_columns`), in the order of claims."""
+    moments = _Moments()
     claimed = [
         ClaimedJob(
             job_id,
@@ -470,13 +473,13 @@ def claimed_jobs(rows: Iterable[Any], *, queue: str, worker: str, token: uuid.UU
             task,
             payload,
             priority,
-            run_at,
+            moments[run_at],
             attempt,
             retries,
             max_retries,
             worker,
             token,
-            created_at,
+            moments[created_at],
             metadata,
             None if expired is None else -expired,
         )
@@ -497,6 +500,14 @@ def claimed_jobs(rows: Iterable[Any], *, queue: str, worker: str, token: uuid.UU
     # An UPDATE returns its rows in no particular order.
     claimed.sort(key=lambda job: (-job.priority, job.run_at, job.id))
     return claimed
+
+
+class _Moments(dict[int, datetime]):
+    """By microseconds since 1970. Jobs of one transaction share theirs, so most are made once for many jobs."""
+
+    def __missing__(self, microseconds: int) -> datetime:
+        moment = self[microseconds] = datetime.fromtimestamp(microseconds / 1_000_000, UTC)
+        return moment
 
 
 def lanes_document(marks: Sequence[Lane]) -> str:
@@ -582,11 +593,11 @@ def claimed_columns(jobs: sa.Table) -> list[sa.ColumnElement[Any]]:
         jobs.c.task,
         sa.cast(jobs.c.payload, sa.Text),
         jobs.c.priority,
-        jobs.c.run_at,
+        microseconds(jobs.c.run_at).label("run_at"),
         jobs.c.attempt,
         jobs.c.retries,
         jobs.c.max_retries,
-        jobs.c.created_at,
+        microseconds(jobs.c.created_at).label("created_at"),
         sa.cast(jobs.c.metadata, sa.Text),
         seconds_since(jobs.c.expires_at).label("expired"),
     ]
@@ -652,9 +663,9 @@ def finish(connection: sa.Connection, tables: Tables, transitions: Sequence[Tran
     One that somebody asked to stop and that is not completed becomes cancelled, and its transition is changed to say
     so.
     """
-    first = {transition.job_id: transition for transition in reversed(transitions)}
-    if len(first) < len(transitions):
+    if len({transition.job_id for transition in transitions}) < len(transitions):
         # A job that this worker lost and claimed again: both ends must meet the fence, one after the other.
+        first = {transition.job_id: transition for transition in reversed(transitions)}
         chosen = {id(transition) for transition in first.values()}
         again = [transition for transition in transitions if id(transition) not in chosen]
         once = finish(connection, tables, list(first.values()), actor=actor)
@@ -666,11 +677,10 @@ def finish(connection: sa.Connection, tables: Tables, transitions: Sequence[Tran
     alike, completed = _alike(completed)
     for token, ids in alike.items():
         parameters = {"ids": sorted(ids), "token": token}
-        written.update(dialect.execute(connection, _complete_alike(tables), parameters).scalars())
+        written |= _ids(dialect.execute(connection, _complete_alike(tables), parameters))
     if completed:
-        written.update(
-            dialect.execute(connection, _complete(tables), {"finished": _completed_document(completed)}).scalars()
-        )
+        document = _completed_document(completed)
+        written |= _ids(dialect.execute(connection, _complete(tables), {"finished": document}))
     if others:
         moved = {row.id: row for row in connection.execute(_move(tables), {"finished": _moved_document(others)})}
         written.update(moved)
@@ -723,14 +733,36 @@ def already_written(
     return {t.job_id for t in transitions if (t.job_id, t.attempt, str(t.status)) in found}
 
 
+def _ids(result: sa.CursorResult[*tuple[Any, ...]]) -> set[int]:
+    """The only column. Fetched all at once: to get them one by one takes SQLAlchemy four times as long."""
+    return {job_id for (job_id,) in result.all()}
+
+
 def _alike(completed: Sequence[Transition]) -> tuple[dict[uuid.UUID, list[int]], list[Transition]]:
     """Completions without a result, by the claim they come from where it has many of them; and all others."""
-    by_claim: dict[uuid.UUID, list[int]] = {}
-    for transition in completed:
-        if transition.result_json is None:
-            by_claim.setdefault(transition.claim_token, []).append(transition.job_id)
-    alike = {token: ids for token, ids in by_claim.items() if len(ids) >= ALIKE_JOBS_MIN}
-    return alike, [t for t in completed if t.result_json is not None or t.claim_token not in alike]
+    alike: dict[uuid.UUID, list[int]] = {}
+    others: list[Transition] = []
+    for token, of_claim in by_claim(completed).items():
+        ids = [transition.job_id for transition in of_claim if transition.result_json is None]
+        if len(ids) >= ALIKE_JOBS_MIN:
+            alike[token] = ids
+            others += [transition for transition in of_claim if transition.result_json is not None]
+        else:
+            others += of_claim
+    return alike, others
+
+
+def by_claim(transitions: Iterable[Transition]) -> dict[uuid.UUID, list[Transition]]:
+    """Transitions by the claim they end."""
+    claims: dict[uuid.UUID, list[Transition]] = {}
+    token: uuid.UUID | None = None
+    of_claim: list[Transition] = []
+    for transition in transitions:
+        if transition.claim_token is not token:  # those of one claim come together; a UUID takes long to hash
+            token = transition.claim_token
+            of_claim = claims.setdefault(token, [])
+        of_claim.append(transition)
+    return claims
 
 
 def _completed_document(transitions: Sequence[Transition]) -> str:

@@ -297,7 +297,7 @@ class TaskDefinition:
     def decode(self, payload_json: str) -> dict[str, Any]:
         """The keyword arguments that a stored payload stands for. Raises InvalidPayload."""
         try:
-            arguments: dict[str, Any] = self.payload_adapter.validate_json(payload_json)
+            arguments: dict[str, Any] = self.payload_adapter.validator.validate_json(payload_json)
         except pydantic.ValidationError as error:
             raise InvalidPayload(f"payload of task {self.name!r} does not fit: {problems(error)}") from None
         return arguments

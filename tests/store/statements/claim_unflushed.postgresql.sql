@@ -61,6 +61,7 @@ WHERE pgqueue.jobs.id = ANY (ARRAY(
             FOR UPDATE SKIP LOCKED) AS due ON true
         LIMIT %(limit)s::INTEGER))
 RETURNING pgqueue.jobs.id, pgqueue.jobs.task, CAST(pgqueue.jobs.payload AS TEXT) AS payload, pgqueue.jobs.priority,
-    pgqueue.jobs.run_at, pgqueue.jobs.attempt, pgqueue.jobs.retries, pgqueue.jobs.max_retries,
-    pgqueue.jobs.created_at, CAST(pgqueue.jobs.metadata AS TEXT) AS metadata, CAST(extract(epoch
+    CAST(date_part('epoch', pgqueue.jobs.run_at) * 1000000 AS bigint) AS run_at, pgqueue.jobs.attempt,
+    pgqueue.jobs.retries, pgqueue.jobs.max_retries, CAST(date_part('epoch', pgqueue.jobs.created_at) * 1000000 AS
+    bigint) AS created_at, CAST(pgqueue.jobs.metadata AS TEXT) AS metadata, CAST(extract(epoch
         FROM now() - pgqueue.jobs.expires_at) AS double precision) AS expired;

@@ -26,5 +26,7 @@ WHERE pgqueue_jobs.id IN (
     AND (pgqueue_jobs.expires_at <= strftime('%Y-%m-%d %H:%M:%f', 'now')) IS NOT 1
     ORDER BY pgqueue_jobs.priority DESC, pgqueue_jobs.run_at, pgqueue_jobs.id
     LIMIT ? OFFSET ?)
-RETURNING id, task, CAST(payload AS TEXT) AS payload, priority, run_at, attempt, retries, max_retries, created_at,
-    CAST(metadata AS TEXT) AS metadata, ((julianday('now') - julianday(expires_at)) * 86400.0) AS expired;
+RETURNING id, task, CAST(payload AS TEXT) AS payload, priority, (strftime('%s', run_at) * 1000000 +
+    substr(strftime('%f', run_at), 4) * 1000) AS run_at, attempt, retries, max_retries, (strftime('%s', created_at) *
+    1000000 + substr(strftime('%f', created_at), 4) * 1000) AS created_at, CAST(metadata AS TEXT) AS metadata,
+    ((julianday('now') - julianday(expires_at)) * 86400.0) AS expired;
