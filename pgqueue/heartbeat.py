@@ -22,7 +22,7 @@ from pgqueue.version import VERSION
 
 logger = logging.getLogger(__name__)
 
-#: How often a worker that holds jobs looks whether somebody wants one of them stopped, should no notification say so.
+#: How often a worker that holds jobs, and that no notification would tell, looks whether one of them is to be stopped.
 LOOK_SECONDS = 1.0
 
 #: The most jobs whose leases are extended in one transaction, which keeps their ends from being written meanwhile.
@@ -35,9 +35,17 @@ class Heartbeat(DatabaseLoop):
     """A thread and a connection of its own, so that neither a blocked task nor a blocked event loop stops it."""
 
     def __init__(
-        self, assignment: Assignment, holds: Holds, runner: Runner, lost: Callable[[ClaimedJob], None]
+        self,
+        assignment: Assignment,
+        holds: Holds,
+        runner: Runner,
+        *,
+        listening: Callable[[], bool],
+        lost: Callable[[ClaimedJob], None],
     ) -> None:
-        """lost: told of a job that is no longer this worker's."""
+        """listening: whether `told_to_stop` would be told.
+        lost: told of a job that is no longer this worker's.
+        """
         super().__init__(
             "heartbeat",
             assignment.engine,
@@ -54,6 +62,7 @@ class Heartbeat(DatabaseLoop):
         self._worker_id = assignment.worker_id
         self._holds = holds
         self._runner = runner
+        self._listening = listening
         self._lost = lost
 
     def start(self) -> None:
@@ -61,23 +70,28 @@ class Heartbeat(DatabaseLoop):
         super().start()
 
     def told_to_stop(self, job_id: str) -> None:
-        """Only a hint: the heartbeat finds out whether the job is to be stopped, or is this worker's no more."""
+        """Only a hint: the heartbeat finds out whether the job is to be stopped, or is this worker's no more.
+
+        Where the hint is lost, the next beat finds out.
+        """
         if job_id.isdecimal() and int(job_id) in self._holds.by_id:
             self._next_beat = 0.0
             self.wake()
 
     def _beat_or_look(self, connection: sa.Connection) -> float:
-        """Beat when it is time; in between, look for jobs that are to be stopped."""
+        """Beat when it is time; in between, look for jobs that are to be stopped, unless notifications tell of them."""
+        looks = not self._listening()
         if time.monotonic() >= self._next_beat:
             self._beat(connection)
-        elif self._holds.by_id:
+        elif looks and self._holds.by_id:
             with looking(connection):
                 asked = store.asked_to_stop(connection, self._tables, worker=self._worker_id)
             for job_id, token in asked:
                 hold = self._holds.by_id.get(job_id)
                 if hold is not None and hold.job.claim_token == token:
                     self._ask_to_stop(hold)
-        return min(max(self._next_beat - time.monotonic(), 0.0), LOOK_SECONDS)
+        wait = max(self._next_beat - time.monotonic(), 0.0)
+        return min(wait, LOOK_SECONDS) if looks else wait
 
     def _beat(self, connection: sa.Connection) -> None:
         """Extend the leases of all jobs held, and let go of those that were lost."""

@@ -168,6 +168,7 @@ class WakeListener(threading.Thread):
         self._engine = engine
         self._schema = schema
         self._woken = woken
+        self.listening = False  #: what is sent arrives
         self._stop_requested = threading.Event()
         # Ends the wait for the next notification, so that a worker that stops need not wait for its listener.
         self._bell, self._ringer = socket.socketpair()
@@ -188,11 +189,13 @@ class WakeListener(threading.Thread):
                 with self._engine.connect() as connection:
                     listening = connection.execution_options(isolation_level="AUTOCOMMIT")
                     listening.exec_driver_sql(f'LISTEN "{channel(self._schema)}"')
+                    self.listening = True
                     self._woken(None)
                     wait = 0.5
                     try:
                         self._listen(listening)
                     finally:
+                        self.listening = False
                         listening.invalidate()  # never back into the pool while it listens
             except Exception as error:  # noqa: BLE001 — polling goes on
                 if not self._stop_requested.is_set():

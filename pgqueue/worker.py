@@ -82,7 +82,7 @@ class Worker:
         self._slots = {
             name: Slots(self._runner, name, count, self.config.prefetch) for name, count in self.config.queues.items()
         }
-        self._heartbeat = Heartbeat(assignment, holds, self._runner, lost=self._lost)
+        self._heartbeat = Heartbeat(assignment, holds, self._runner, listening=self._listens, lost=self._lost)
         self._sweeper = Sweeper(assignment, holds, self._heartbeat, took_back=lambda: self._woken(None))
         self._claimer = Claimer(
             assignment,
@@ -138,8 +138,9 @@ class Worker:
             if thread is not None:
                 thread.start()
         try:
+            in_main_thread = threading.current_thread() is threading.main_thread()
             while not self._stop_requested:
-                self._wait_for_news(SIGNAL_SECONDS)
+                self._wait_for_news(SIGNAL_SECONDS if in_main_thread else None)
         finally:
             self._shut_down()
             self._assignment.listeners.deliver(ABORT_SECONDS if self._abort_requested else DELIVER_SECONDS)
@@ -284,7 +285,7 @@ class Worker:
         while busy() and (left := deadline - time.monotonic()) > 0:
             self._wait_for_news(min(left, SIGNAL_SECONDS))
 
-    def _wait_for_news(self, seconds: float) -> None:
+    def _wait_for_news(self, seconds: float | None) -> None:
         with contextlib.suppress(queue.Empty):
             self._news.get(timeout=seconds)
 
@@ -305,6 +306,9 @@ class Worker:
             logger.info("worker %s could not be struck off the list: %s", self.id, type(error).__name__)
 
     # What one duty has to tell others
+
+    def _listens(self) -> bool:
+        return self._listener is not None and self._listener.listening
 
     def _woken(self, told: str | None) -> None:
         """A queue has new jobs, or any may have (None); or a job is to be stopped."""
