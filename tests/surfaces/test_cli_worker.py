@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from support import wait_for
 from pgqueue import PgQueue
 
 CODE = '''
+import gc
 import sys
 import threading
 import time
@@ -43,6 +45,11 @@ def wait() -> None:
     (folder / "waiting").touch()
     while not (folder / "go").exists():
         time.sleep(0.01)
+
+
+@pgq.task
+def frozen() -> int:
+    return gc.get_freeze_count()
 
 
 @pgq.task
@@ -200,6 +207,15 @@ def test_signals_do_what_they_did_before_once_a_worker_has_ended(pgqueue: Comman
     pgqueue("worker", "shop_worker:pgq", "--drain")
 
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_what_a_worker_has_loaded_is_left_out_of_its_collections_until_it_ends(pgqueue: Command, pgq: PgQueue) -> None:
+    pgqueue("enqueue", "frozen")
+
+    pgqueue("worker", "shop_worker:pgq", "--drain")
+
+    assert pgq.list_jobs()[0].result > 10_000
+    assert gc.get_freeze_count() == 0
 
 
 WORKER = ("worker", "shop_worker:pgq", "--poll-interval", "100ms")
