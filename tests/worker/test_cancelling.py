@@ -330,6 +330,35 @@ def test_a_worker_that_holds_nothing_does_not_look(pgq: PgQueue, gate: Gate) -> 
     assert idle == 0
 
 
+def test_a_worker_that_listens_does_not_look_and_finds_out_at_its_next_beat_what_it_was_not_told(
+    pg: PgQueue, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+    asked_to_stop = store.asked_to_stop
+
+    def note(*arguments: Any, **options: Any) -> Any:
+        looks.append(arguments)
+        return asked_to_stop(*arguments, **options)
+
+    monkeypatch.setattr(store, "asked_to_stop", note)
+    monkeypatch.setattr(heartbeat.Heartbeat, "told_to_stop", lambda *_: None)
+
+    @pg.task
+    async def endless() -> None:
+        await gate.pass_through_async()
+
+    with working(pg, lease=6.0, heartbeat_interval=0.5) as running:
+        wait_for(lambda: running._listens(), "the worker to listen")
+        wait_for(lambda: running._heartbeat._next_beat, "a heartbeat")
+        looks.clear()  # those from before it listened
+        job_id = enqueue(endless)
+        wait_for(lambda: gate.inside, "the job to run")
+        pg.cancel(job_id)
+        wait_for_status(pg, job_id, "cancelled")
+
+    assert looks == []
+
+
 # Everything at once ----------------------------------------------------------------------------------------
 
 
