@@ -38,7 +38,7 @@ def look(
         "tasks": [name for scope, name in rates if scope == "task"],
         "of_queue": gates.queue_name,
     }
-    rows = dialect.execute(connection, _find(tables), parameters).all()
+    rows = dialect.execute(connection, _find(tables), parameters)
     tokens = {
         (row.scope, row.name, row.key): _tokens(row.tokens, row.seconds, *rates[row.scope, row.name])
         for row in rows

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from pgqueue import gating, sharing, store, within_limits
 from pgqueue.assignment import Assignment
-from pgqueue.engine import LockNotWon, bounding_itself, committing_each, looking
+from pgqueue.engine import LockNotWon, bounding_itself, looking, straight
 from pgqueue.holds import Holds
 from pgqueue.job import ClaimedJob, Outcome, Released
 from pgqueue.lanes import Lanes
@@ -228,7 +228,7 @@ class Claimer(DatabaseLoop):
         began = time.monotonic()
         pending: list[int] = []
         limited = False
-        with committing_each(connection):
+        with straight(connection):
             if not lanes.last_look_found_none or store.is_any_pending(connection, self._tables, queue=slots.name):
                 pending, limited = store.lanes(connection, self._tables, queue=slots.name, tasks=self._task_names)
         if limited:
@@ -241,7 +241,7 @@ class Claimer(DatabaseLoop):
 
         def claim(**asked: Any) -> list[ClaimedJob]:
             marks = lanes.marks() if lanes is not None else None
-            with committing_each(connection):
+            with straight(connection):
                 claimed = store.claim(connection, self._tables, marks=marks, **asked)
             if lanes is not None:
                 lanes.claimed(claimed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sqlite3
 import time
@@ -14,7 +15,7 @@ from sqlalchemy import event, exc
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from pgqueue.checkout import ask_only_when_in_doubt
-from pgqueue.dialect import POSTGRESQL, SQLITE, SQLITE_VERSION_MIN, checked_dialect
+from pgqueue.dialect import POSTGRESQL, SQLITE, SQLITE_VERSION_MIN, STRAIGHT, checked_dialect
 from pgqueue.errors import ConfigurationError, DatabaseUnreachable, PgqueueError, SchemaMissing
 
 #: How long SQLite waits for another process's write to end.
@@ -272,10 +273,42 @@ def committing_each(connection: sa.Connection) -> Iterator[None]:
 
 
 @contextmanager
+def straight(connection: sa.Connection) -> Iterator[None]:
+    """As `committing_each`, for `dialect.execute` alone, which then goes past SQLAlchemy: that would take the client as
+    long again as psycopg does, and in an idle worker, whose caches are cold, most of what a look for jobs costs.
+
+    Not where somebody listens to what the engine executes, or has it logged: they are to hear of everything.
+    """
+    if connection.dialect.driver != "psycopg" or _is_watched(connection):
+        with committing_each(connection):
+            yield
+        return
+    driver: Any = connection.connection.driver_connection
+    driver.autocommit = True
+    connection.info[STRAIGHT] = True
+    try:
+        yield
+    finally:
+        del connection.info[STRAIGHT]
+        if not driver.closed:
+            driver.autocommit = False
+
+
+def _is_watched(connection: sa.Connection) -> bool:
+    listeners = connection.dispatch
+    return bool(
+        listeners.before_cursor_execute
+        or listeners.after_cursor_execute
+        or connection.dialect.dispatch.handle_error
+        or connection.engine.logger.isEnabledFor(logging.INFO)
+    )
+
+
+@contextmanager
 def looking(connection: sa.Connection) -> Iterator[None]:
     """Likewise for one query: on SQLite it neither waits for a writer nor keeps one waiting."""
     if connection.dialect.name != SQLITE:
-        with committing_each(connection):
+        with straight(connection):
             yield
         return
     connection.execution_options(pgqueue_only_reads=True)

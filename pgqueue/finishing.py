@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from pgqueue import retention, store
 from pgqueue.assignment import Assignment
-from pgqueue.engine import committing_each, is_refusal
+from pgqueue.engine import is_refusal, straight
 from pgqueue.events import EventName, event_of, events_of
 from pgqueue.holds import Hold, Holds
 from pgqueue.job import ClaimedJob, ErrorInfo, EventType, JobStatus, Outcome, Transition
@@ -115,7 +115,7 @@ class Finisher(DatabaseLoop):
             alone = all(transition.event is None for transition in batch)
             if self._retains and any(transition.attempt > 1 for transition in batch):
                 alone = False  # a job may be deleted, with its events
-            with committing_each(connection) if alone else connection.begin():
+            with straight(connection) if alone else connection.begin():
                 return self.finish_in(connection, batch)
         except Exception as error:
             if not is_refusal(error):

@@ -105,7 +105,7 @@ def lock(
             "milliseconds": idle_milliseconds(min(lease, CLAIM_IDLE_SECONDS)),
         }
     try:
-        rows = dialect.execute(connection, _lock_limits(tables, tasks is not None, flush, bounded), parameters).all()
+        rows = dialect.execute(connection, _lock_limits(tables, tasks is not None, flush, bounded), parameters)
     except sa.exc.OperationalError as error:
         if bounded and getattr(error.orig, "sqlstate", None) == LOCK_NOT_AVAILABLE:
             raise LockNotWon from error

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from pgqueue import pooler
 from pgqueue.dialect import POSTGRESQL
-from pgqueue.engine import looking
+from pgqueue.engine import committing_each
 
 #: How long plans are kept. Of several indexes that would do, an empty table may suggest the lesser one.
 RENEW_SECONDS = 30.0
@@ -37,7 +37,7 @@ def keep(connection: sa.Connection) -> bool:
         return False
     if not pooler.is_own_session(connection):
         return False
-    with looking(connection):
+    with committing_each(connection):
         connection.execute(sa.select(*(sa.func.set_config(*setting, sa.false()) for setting in SETTINGS.items())))
     driver = connection.connection.driver_connection
     driver.prepare_threshold = 0  # type: ignore[union-attr]  # psycopg: prepare what is sent for the first time
@@ -46,5 +46,5 @@ def keep(connection: sa.Connection) -> bool:
 
 def renew(connection: sa.Connection) -> None:
     """Have the plans made anew, for the tables as they are by now."""
-    with looking(connection):
+    with committing_each(connection):
         connection.exec_driver_sql("DISCARD PLANS")

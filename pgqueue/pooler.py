@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from pgqueue.dialect import POSTGRESQL
-from pgqueue.engine import looking
+from pgqueue.engine import committing_each
 
 #: How often two connections are compared, at most.
 ROUNDS = 3
@@ -55,7 +55,7 @@ def _pid_told(connection: sa.Connection) -> int | None:
 
 def _pid(connection: sa.Connection) -> int:
     """The process of the server that does this transaction."""
-    with looking(connection):
+    with committing_each(connection):
         pid: int = connection.scalar(sa.text("SELECT pg_backend_pid()"))
     return pid
 

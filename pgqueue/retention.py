@@ -8,7 +8,6 @@ one stays a moment longer if others may wait for it (`limits`): it is deleted on
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -71,12 +70,12 @@ def _delete(
     with_events: list[int] = []
     for token, of_claim in store.by_claim(transitions).items():
         parameters = {"ids": sorted(transition.job_id for transition in of_claim), "token": token}
-        deleted = dict(dialect.execute(connection, _delete_alike(tables), parameters).all())
+        deleted = dict(dialect.execute(connection, _delete_alike(tables), parameters))
         gone |= deleted.keys()
         left += [transition for transition in of_claim if transition.job_id not in deleted]
         with_events += [job_id for job_id, has_events in deleted.items() if has_events]
     if with_events:
-        connection.execute(_delete_events(tables), {"ids": sorted(with_events)})
+        dialect.execute(connection, _delete_events(tables), {"ids": sorted(with_events)})
     return gone, left
 
 
@@ -112,7 +111,7 @@ def _complete(connection: sa.Connection, tables: Tables, transitions: Sequence[T
         {"id": t.job_id, "token": t.claim_token.hex, "keep": t.keep_seconds, "result": t.result_json} for t in ordered
     ]
     document = pydantic_core.to_json(rows).decode()
-    return set(dialect.execute(connection, _complete_keeping(tables), {"finished": document}).scalars())
+    return {job_id for (job_id,) in dialect.execute(connection, _complete_keeping(tables), {"finished": document})}
 
 
 @cache

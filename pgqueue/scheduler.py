@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from pgqueue import schedules
 from pgqueue.cron import MISSED_SECONDS, TICKS_PER_PASS, Catchup, NewSchedule, Schedule, settle
-from pgqueue.engine import committing_each, first_line, is_locked, is_refusal
+from pgqueue.engine import first_line, is_locked, is_refusal, straight
 from pgqueue.errors import PgqueueError
 from pgqueue.scheduled import enqueue
 from pgqueue.schema import Tables
@@ -84,7 +84,7 @@ class Scheduler:
         self._aside = {name: until for name, until in self._aside.items() if until > time.monotonic()}
         if self._are_more_due and self._settle(connection):
             return 0.0
-        with committing_each(connection):
+        with straight(connection):
             wait = schedules.seconds_until_due(
                 connection, self._tables, tasks=self._task_names, aside=list(self._aside)
             )

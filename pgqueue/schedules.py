@@ -58,10 +58,12 @@ def seconds_until_due(
 
     tasks: those that it knows. aside: schedules to leave alone.
     """
-    row = connection.execute(_next_due(tables), {"tasks": list(tasks), "aside": list(aside)}).one()
-    waits = [-row.known] if row.known is not None else []
-    if row.any is not None:
-        waits.append(UNKNOWN_TASK_SECONDS - row.any)
+    ((since_known, since_any),) = dialect.execute(
+        connection, _next_due(tables), {"tasks": list(tasks), "aside": list(aside)}
+    )
+    waits = [-since_known] if since_known is not None else []
+    if since_any is not None:
+        waits.append(UNKNOWN_TASK_SECONDS - since_any)
     return min(waits, default=None)
 
 

@@ -24,12 +24,14 @@ def others_may_be_free(
     """Whether another worker of this queue showed a sign of life within so many seconds, and may have nothing to do:
     no other job of these tasks could be claimed. Never in a paused queue. One statement."""
     parameters = {"of_queue": queue, "worker": worker, "tasks": list(tasks), "seconds": -seconds}
-    return bool(connection.execute(_others_may_be_free(tables), parameters).scalar_one())
+    ((free,),) = dialect.execute(connection, _others_may_be_free(tables), parameters)
+    return bool(free)
 
 
 def was_paused(connection: sa.Connection, tables: Tables, *, queue: str) -> bool:
     """Whether nothing is to be started from this queue now."""
-    return bool(connection.execute(_was_paused(tables), {"of_queue": queue}).scalar_one())
+    ((paused,),) = dialect.execute(connection, _was_paused(tables), {"of_queue": queue})
+    return bool(paused)
 
 
 @cache

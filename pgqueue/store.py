@@ -141,7 +141,8 @@ def insert_job(
 def _try_to_insert(connection: sa.Connection, tables: Tables, job: NewJob) -> int | None:
     """The id of the new job; None when its unique key is taken."""
     parameters = _parameters(job)
-    return dialect.execute(connection, _insert_job(tables, tuple(parameters)), parameters).scalar_one_or_none()
+    inserted = dialect.execute(connection, _insert_job(tables, tuple(parameters)), parameters)
+    return inserted[0][0] if inserted else None
 
 
 def insert_jobs(
@@ -399,13 +400,13 @@ def lanes(
     """The priorities that pending jobs of one queue have, the highest first; and whether claims from it have to keep
     limits (False when nothing is pending). For PostgreSQL."""
     parameters = {"of_queue": queue, **({} if tasks is None else {"tasks": list(tasks)})}
-    rows = dialect.execute(connection, _lanes(tables, tasks is not None), parameters).all()
+    rows = dialect.execute(connection, _lanes(tables, tasks is not None), parameters)
     return [priority for priority, _ in rows], any(limited for _, limited in rows)
 
 
 def is_any_pending(connection: sa.Connection, tables: Tables, *, queue: str) -> bool:
     """Whether there is a lane at all: a third of the work of `lanes`, for an idle worker. For PostgreSQL."""
-    return dialect.execute(connection, _first_lane(tables), {"of_queue": queue}).first() is not None
+    return bool(dialect.execute(connection, _first_lane(tables), {"of_queue": queue}))
 
 
 @cache
@@ -459,7 +460,7 @@ def claim(
         if marks is None:
             marks = [(priority, None, 0) for priority in lanes(connection, tables, queue=queue)[0]]
         parameters["lanes"] = lanes_document(marks)
-    rows = dialect.execute(connection, _claim(tables, tasks is not None, flush), parameters).all()
+    rows = dialect.execute(connection, _claim(tables, tasks is not None, flush), parameters)
     return claimed_jobs(rows, queue=queue, worker=worker, token=token)
 
 
@@ -612,7 +613,8 @@ def extend(connection: sa.Connection, tables: Tables, claims: Iterable[Claim], *
     """
     document = _claims_document(claims)
     dialect.execute(connection, _extend(tables), {"claims": document, "lease": lease})
-    return {row.id: bool(row.asked) for row in dialect.execute(connection, _held(tables), {"claims": document})}
+    held = dialect.execute(connection, _held(tables), {"claims": document})
+    return {job_id: bool(asked) for job_id, asked in held}
 
 
 def _claims_document(claims: Iterable[Claim]) -> str:
@@ -641,9 +643,8 @@ def _extend(tables: Tables) -> sa.Update:
 
 def asked_to_stop(connection: sa.Connection, tables: Tables, *, worker: str) -> list[Claim]:
     """Of the claims that a worker holds, those that somebody asked to stop."""
-    return [
-        (row.id, row.claim_token) for row in dialect.execute(connection, _asked_to_stop(tables), {"worker": worker})
-    ]
+    asked = dialect.execute(connection, _asked_to_stop(tables), {"worker": worker})
+    return [(job_id, token) for job_id, token in asked]
 
 
 @cache
@@ -677,10 +678,10 @@ def finish(connection: sa.Connection, tables: Tables, transitions: Sequence[Tran
     alike, completed = _alike(completed)
     for token, ids in alike.items():
         parameters = {"ids": sorted(ids), "token": token}
-        written |= _ids(dialect.execute(connection, _complete_alike(tables), parameters))
+        written.update(job_id for (job_id,) in dialect.execute(connection, _complete_alike(tables), parameters))
     if completed:
-        document = _completed_document(completed)
-        written |= _ids(dialect.execute(connection, _complete(tables), {"finished": document}))
+        finished = {"finished": _completed_document(completed)}
+        written.update(job_id for (job_id,) in dialect.execute(connection, _complete(tables), finished))
     if others:
         moved = {row.id: row for row in connection.execute(_move(tables), {"finished": _moved_document(others)})}
         written.update(moved)
@@ -731,11 +732,6 @@ def already_written(
     )
     found = {(row.id, row.attempt, row.status) for row in standing}
     return {t.job_id for t in transitions if (t.job_id, t.attempt, str(t.status)) in found}
-
-
-def _ids(result: sa.CursorResult[*tuple[Any, ...]]) -> set[int]:
-    """The only column. Fetched all at once: to get them one by one takes SQLAlchemy four times as long."""
-    return {job_id for (job_id,) in result.all()}
 
 
 def _alike(completed: Sequence[Transition]) -> tuple[dict[uuid.UUID, list[int]], list[Transition]]:
@@ -818,8 +814,7 @@ def complete_in_transaction(
         "document": transition.result_json,
         "milliseconds": idle_milliseconds(frozen_after),
     }
-    written = dialect.execute(connection, _complete_in_transaction(tables), parameters)
-    return written.scalar_one_or_none() is not None
+    return bool(dialect.execute(connection, _complete_in_transaction(tables), parameters))
 
 
 @cache
@@ -959,7 +954,7 @@ def release_claim(connection: sa.Connection, tables: Tables, token: uuid.UUID, *
 def upkeep(connection: sa.Connection, tables: Tables) -> tuple[bool, bool, bool]:
     """Whether there is something to sweep, pending jobs that have expired, and something to prune because its time has
     come. One statement."""
-    lapsed, expired, prunable = dialect.execute(connection, _upkeep(tables), {}).one()
+    ((lapsed, expired, prunable),) = dialect.execute(connection, _upkeep(tables), {})
     return bool(lapsed), bool(expired), bool(prunable)
 
 
@@ -987,7 +982,7 @@ def sweep(connection: sa.Connection, tables: Tables, *, limit: int, actor: str) 
     One statement, which checks the lease again once it has the row's lock: a job that was just finished or
     extended is left alone.
     """
-    swept = dialect.execute(connection, _sweep(tables), {"limit": limit}).all()
+    swept = dialect.execute(connection, _sweep(tables), {"limit": limit})
     for status in (JobStatus.PENDING, JobStatus.DEAD, JobStatus.CANCELLED):
         record_all(
             connection,

@@ -195,7 +195,7 @@ def _look(
         of_order=gates.ordered,
         of_tokens=bool(rates) and ("queue", gates.queue_name) not in rates,
     )
-    found = dialect.execute(connection, _look_at_jobs(tables, tasks is not None, counts), parameters).all()
+    found = dialect.execute(connection, _look_at_jobs(tables, tasks is not None, counts), parameters)
     # A lane that comes into being meanwhile may be seen twice.
     rows: list[Any] = list({row[0]: row for row in found}.values())
     tokens: dict[Bucket, float] = {}
@@ -341,7 +341,7 @@ def _take(
     ]
     if together:
         parameters["buckets"] = json.dumps(spent)
-    rows = dialect.execute(connection, _take_jobs(tables, gates.holding is None, together), parameters).all()
+    rows = dialect.execute(connection, _take_jobs(tables, gates.holding is None, together), parameters)
     return store.claimed_jobs(rows, queue=queue, worker=worker, token=token)
 
 
