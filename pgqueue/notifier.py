@@ -39,9 +39,9 @@ LISTEN_CHECK_SECONDS = 15.0
 READ_SECONDS = 0.01
 
 
-#: As libpq tells that a query was answered with rows: `psycopg.pq.ExecStatus.TUPLES_OK`, which cannot be imported where
+#: As libpq tells that a command was carried out: `psycopg.pq.ExecStatus.COMMAND_OK`, which cannot be imported where
 #: there is no libpq.
-TUPLES_OK = 2
+COMMAND_OK = 1
 
 #: What a notification begins with that tells of a job to be stopped; then comes its id. No queue's name does, so that
 #: a listener that knows only these takes no notice.
@@ -135,19 +135,20 @@ class WakeSender:
         return connection
 
     def _notify(self, connection: sa.Connection, queues: set[str]) -> None:
-        # One statement and one commit for all queues. It writes nothing but the notifications, so the server does not
-        # wait for the disk.
-        values = [value for queue in sorted(queues) for value in (channel(self._schema), queue)]
+        # One round trip and one commit for all queues, which writes nothing but the notifications, so that the server
+        # does not wait for the disk.
         if connection.dialect.driver != "psycopg":
+            values = [value for queue in sorted(queues) for value in (channel(self._schema), queue)]
             calls = ", ".join(["pg_notify(%s, %s)"] * len(queues))
             connection.exec_driver_sql(f"SELECT {calls}", tuple(values))
             return
-        # Straight to libpq: a NOTIFY for each commit costs the processors as much as the enqueue otherwise.
-        calls = ", ".join(f"pg_notify(${number}, ${number + 1})" for number in range(1, len(values), 2))
+        # Straight to libpq, and NOTIFY, of which there is nothing to plan: one for each commit costs the processors as
+        # much as the enqueue otherwise.
+        name = connection.dialect.identifier_preparer.quote_identifier(channel(self._schema))
+        statements = ["NOTIFY {}, '{}'".format(name, queue.replace("'", "''")) for queue in sorted(queues)]
         session: Any = connection.connection.dbapi_connection
-        encoded = [value.encode(session.info.encoding) for value in values]
-        result = session.pgconn.exec_params(f"SELECT {calls}".encode(), encoded)
-        if result.status != TUPLES_OK:
+        result = session.pgconn.exec_("; ".join(statements).encode(session.info.encoding))
+        if result.status != COMMAND_OK:
             raise ConnectionError
 
     def _flush(self) -> None:

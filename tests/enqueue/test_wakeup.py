@@ -348,7 +348,7 @@ def test_wake_ups_go_on_after_their_connection_was_cut(pg: PgQueue, listener: Li
     assert listener.next() == "mail"
     execute(
         pg.engine,
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE '%pg_notify%'"
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'NOTIFY%'"
         " AND datname = current_database() AND pid <> pg_backend_pid()",
     )
 

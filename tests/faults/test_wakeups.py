@@ -89,7 +89,7 @@ def test_a_disposed_queue_that_has_sent_wake_ups_leaves_no_connection_open(pg_ur
         pgq.tasks["note"].enqueue(session)
     watcher = sa.create_engine(pg_url, poolclass=sa.NullPool)
     others = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
-    wait_for(lambda: scalar(watcher, others + " AND query LIKE '%pg_notify%'") == 1, "the wake-up")
+    wait_for(lambda: scalar(watcher, others + " AND query LIKE 'NOTIFY%'") == 1, "the wake-up")
 
     pgq.dispose()
 
