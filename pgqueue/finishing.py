@@ -170,10 +170,13 @@ class Finisher(DatabaseLoop):
         listening = bool(self._listeners.wanted)
         told: list[tuple[Transition, Hold, bool]] = []
         held, report = self._holds.by_id, self._holds.report
+        completed = 0
         with self._holds.lock:
             for transition in transitions:
                 is_written = transition.job_id in written and transition is last[transition.job_id]
-                if is_written:
+                if is_written and transition.event is None:
+                    completed += 1
+                elif is_written:
                     report.count(transition)
                 else:
                     report.lost += 1
@@ -188,10 +191,11 @@ class Finisher(DatabaseLoop):
                     del held[transition.job_id]
                     if self._limited:
                         queues.add(hold.job.queue)
-                    if transition.event is EventType.RELEASE and is_written:
+                    if transition.event is not None and transition.event is EventType.RELEASE and is_written:
                         released.add(hold.job.queue)
                 if listening and hold is not None:
                     told.append((transition, hold, is_written))
+            report.completed += completed
         if told:
             self._tell_ends(told)
         self._settled(queues & self._limited, released)
