@@ -113,10 +113,13 @@ class Slots:
             self._buffer.extend(jobs)
             self._low = self._ahead() // 2
             self._asked = False
-            while self._free and (job := self._take()) is not None:
-                self._free -= 1
+            starting: list[ClaimedJob] = []
+            while len(starting) < self._free and (job := self._take()) is not None:
+                starting.append(job)
+            if starting:
+                self._free -= len(starting)
                 self._last_began = time.monotonic()
-                self._start(job)
+                self._start(starting)
             if self._looked is None:
                 self._look()
             return True
@@ -210,15 +213,22 @@ class Slots:
             return 0
         return min(AHEAD_JOBS_MAX, int(self._count * PREFETCH_SECONDS / max(self._run_seconds, 1e-6)))
 
-    def _start(self, job: ClaimedJob) -> None:
-        """Run a job in a slot that is already taken for it. Called with the lock held."""
-        if self._worker.is_async(job):
-            self._worker.call_in_loop(self, job)
-            return
-        self._inbox.put(job)
-        if self._threads < self._count and self._threads < self.running:
-            threading.Thread(target=self._run_thread, name=f"pgqueue-{self.name}", daemon=True).start()
-            self._threads += 1
+    def _start(self, jobs: Sequence[ClaimedJob]) -> None:
+        """Run jobs in slots that are already taken for them. Called with the lock held."""
+        in_threads = [job for job in jobs if not self._worker.is_async(job)]
+        # All threads before any job: while jobs run, a new thread waits long for the interpreter's lock, and this one
+        # for the new thread.
+        try:
+            for _ in in_threads:
+                if self._threads < self.running:
+                    threading.Thread(target=self._run_thread, name=f"pgqueue-{self.name}", daemon=True).start()
+                    self._threads += 1
+        finally:  # should the system allow no more threads, there are those that it allowed before
+            for job in in_threads:
+                self._inbox.put(job)
+        for job in jobs:
+            if self._worker.is_async(job):
+                self._worker.call_in_loop(self, job)
 
     def _run_thread(self) -> None:
         while (taken := self._inbox.get()) is not None:
@@ -259,7 +269,7 @@ class Slots:
                     self._free += 1
         if following is not None and self._worker.is_async(following) is not in_loop:
             with self._lock:
-                self._start(following)
+                self._start([following])
             following = None
         if following is None or (not self._asked and len(self._buffer) <= self._low):
             self._asked = True

@@ -384,6 +384,44 @@ def test_closing_gives_back_what_was_not_started_and_takes_nothing_more(runner: 
     assert sorted(runner.ended) == [0, 1]
 
 
+def test_all_threads_are_there_before_a_job_runs_that_would_keep_them_from_starting(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    start = threading.Thread.start
+
+    def note(thread: threading.Thread) -> None:
+        order.append("thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", note)
+    slots = Slots(runner, "q", 3, prefetch=None)
+    monkeypatch.setattr(runner, "run_sync", lambda job: order.append("job"))
+
+    slots.add(make_jobs(3))
+    wait_until_idle(slots)
+
+    assert order == ["thread"] * 3 + ["job"] * 3
+
+
+def test_jobs_run_in_the_threads_that_the_system_allows(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+    slots = Slots(runner, "q", 3, prefetch=None)
+
+    def one_more(thread: threading.Thread) -> None:
+        if slots._threads:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", one_more)
+
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        slots.add(make_jobs(3))
+    wait_until_idle(slots)
+
+    assert runner.ended == [0, 1, 2]
+
+
 def test_threads_are_started_as_they_are_needed_and_end_when_the_slots_are_closed(runner: Runner) -> None:
     def threads() -> int:
         return sum(thread.name == "pgqueue-counted" for thread in threading.enumerate())
