@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -102,169 +102,109 @@ class IdArray(sa.types.TypeDecorator[list[int]]):
 # Expressions -----------------------------------------------------------------------------------------------
 
 
-class now(FunctionElement[datetime]):
+T = TypeVar("T")
+
+
+class _template(FunctionElement[T]):
+    """An expression that each database has its own text for, in which `{0}` and `{1}` stand for the arguments."""
+
+    postgresql: str
+    sqlite: str
+
+
+@compiles(_template, POSTGRESQL)
+def _(element: _template[Any], compiler: SQLCompiler, **kw: Any) -> str:
+    return element.postgresql.format(*(compiler.process(clause, **kw) for clause in element.clauses))
+
+
+@compiles(_template, SQLITE)
+def _(element: _template[Any], compiler: SQLCompiler, **kw: Any) -> str:
+    return element.sqlite.format(*(compiler.process(clause, **kw) for clause in element.clauses))
+
+
+class now(_template[datetime]):
     """The database's clock. On PostgreSQL the start of the transaction: stable, so that distributed engines
     accept it in an UPDATE."""
 
     type = UTCDateTime()
     inherit_cache = True
+    postgresql = "now()"
+    sqlite = _SQLITE_NOW
 
 
-@compiles(now, POSTGRESQL)
-def _(element: now, compiler: SQLCompiler, **kw: Any) -> str:
-    return "now()"
-
-
-@compiles(now, SQLITE)
-def _(element: now, compiler: SQLCompiler, **kw: Any) -> str:
-    return _SQLITE_NOW
-
-
-class statement_now(FunctionElement[datetime]):
+class statement_now(_template[datetime]):
     """Likewise, the start of the statement: for what ends a transaction in which users' code ran. Stable as well."""
 
     type = UTCDateTime()
     inherit_cache = True
+    postgresql = "statement_timestamp()"
+    sqlite = _SQLITE_NOW
 
 
-@compiles(statement_now, POSTGRESQL)
-def _(element: statement_now, compiler: SQLCompiler, **kw: Any) -> str:
-    return "statement_timestamp()"
-
-
-@compiles(statement_now, SQLITE)
-def _(element: statement_now, compiler: SQLCompiler, **kw: Any) -> str:
-    return _SQLITE_NOW
-
-
-class seconds_from_now(FunctionElement[datetime]):
+class seconds_from_now(_template[datetime]):
     """The database's clock plus a number of seconds (an expression; may be negative)."""
 
     type = UTCDateTime()
     inherit_cache = True
+    postgresql = "now() + make_interval(secs => CAST({0} AS double precision))"
+    sqlite = "strftime('%Y-%m-%d %H:%M:%f', 'now', printf('%+.3f seconds', {0}))"
 
 
-@compiles(seconds_from_now, POSTGRESQL)
-def _(element: seconds_from_now, compiler: SQLCompiler, **kw: Any) -> str:
-    return f"now() + make_interval(secs => CAST({compiler.process(element.clauses, **kw)} AS double precision))"
-
-
-@compiles(seconds_from_now, SQLITE)
-def _(element: seconds_from_now, compiler: SQLCompiler, **kw: Any) -> str:
-    seconds = compiler.process(element.clauses, **kw)
-    return f"strftime('%Y-%m-%d %H:%M:%f', 'now', printf('%+.3f seconds', {seconds}))"
-
-
-class seconds_since(FunctionElement[float]):
+class seconds_since(_template[float]):
     """Seconds from a moment (an expression) to the database's now."""
 
     type = sa.Float()
     inherit_cache = True
+    postgresql = "CAST(extract(epoch FROM now() - {0}) AS double precision)"
+    sqlite = "((julianday('now') - julianday({0})) * 86400.0)"
 
 
-@compiles(seconds_since, POSTGRESQL)
-def _(element: seconds_since, compiler: SQLCompiler, **kw: Any) -> str:
-    moment = compiler.process(element.clauses, **kw)
-    return f"CAST(extract(epoch FROM now() - {moment}) AS double precision)"
-
-
-@compiles(seconds_since, SQLITE)
-def _(element: seconds_since, compiler: SQLCompiler, **kw: Any) -> str:
-    return f"((julianday('now') - julianday({compiler.process(element.clauses, **kw)})) * 86400.0)"
-
-
-class microseconds(FunctionElement[int]):
+class microseconds(_template[int]):
     """Microseconds from 1970 until a moment (an expression): psycopg takes ten times as long for a timestamp."""
 
     type = sa.BigInteger()
     inherit_cache = True
+    postgresql = "CAST(date_part('epoch', {0}) * 1000000 AS bigint)"
+    sqlite = "(strftime('%s', {0}) * 1000000 + substr(strftime('%f', {0}), 4) * 1000)"
 
 
-@compiles(microseconds, POSTGRESQL)
-def _(element: microseconds, compiler: SQLCompiler, **kw: Any) -> str:
-    return f"CAST(date_part('epoch', {compiler.process(element.clauses, **kw)}) * 1000000 AS bigint)"
-
-
-@compiles(microseconds, SQLITE)
-def _(element: microseconds, compiler: SQLCompiler, **kw: Any) -> str:
-    moment = compiler.process(element.clauses, **kw)
-    return f"(strftime('%s', {moment}) * 1000000 + substr(strftime('%f', {moment}), 4) * 1000)"
-
-
-class seconds_before(FunctionElement[datetime]):
+class seconds_before(_template[datetime]):
     """A moment (an expression), so many seconds (another) earlier."""
 
     type = UTCDateTime()
     inherit_cache = True
+    postgresql = "{0} - make_interval(secs => CAST({1} AS double precision))"
+    sqlite = "strftime('%Y-%m-%d %H:%M:%f', {0}, printf('%+.3f seconds', -({1})))"
 
 
-@compiles(seconds_before, POSTGRESQL)
-def _(element: seconds_before, compiler: SQLCompiler, **kw: Any) -> str:
-    moment, seconds = (compiler.process(clause, **kw) for clause in element.clauses)
-    return f"{moment} - make_interval(secs => CAST({seconds} AS double precision))"
-
-
-@compiles(seconds_before, SQLITE)
-def _(element: seconds_before, compiler: SQLCompiler, **kw: Any) -> str:
-    moment, seconds = (compiler.process(clause, **kw) for clause in element.clauses)
-    return f"strftime('%Y-%m-%d %H:%M:%f', {moment}, printf('%+.3f seconds', -({seconds})))"
-
-
-class json_of(FunctionElement[Any]):
+class json_of(_template[Any]):
     """JSON text (an expression) as a value for a JSON column."""
 
     type = JSONDocument
     inherit_cache = True
+    postgresql = "CAST({0} AS jsonb)"
+    sqlite = "{0}"
 
 
-@compiles(json_of, POSTGRESQL)
-def _(element: json_of, compiler: SQLCompiler, **kw: Any) -> str:
-    return f"CAST({compiler.process(element.clauses, **kw)} AS jsonb)"
-
-
-@compiles(json_of, SQLITE)
-def _(element: json_of, compiler: SQLCompiler, **kw: Any) -> str:
-    return compiler.process(element.clauses, **kw)
-
-
-class json_text(FunctionElement[str]):
+class json_text(_template[str]):
     """`json_text(column, key)`: the value at a key of a JSON object as text; NULL where there is no such object."""
 
     type = sa.Text()
     inherit_cache = True
+    postgresql = "({0} ->> {1})"
+    sqlite = "CASE WHEN json_valid({0}) THEN CAST({0} ->> {1} AS TEXT) END"
 
 
-@compiles(json_text, POSTGRESQL)
-def _(element: json_text, compiler: SQLCompiler, **kw: Any) -> str:
-    column, key = (compiler.process(clause, **kw) for clause in element.clauses)
-    return f"({column} ->> {key})"
-
-
-@compiles(json_text, SQLITE)
-def _(element: json_text, compiler: SQLCompiler, **kw: Any) -> str:
-    column, key = (compiler.process(clause, **kw) for clause in element.clauses)
-    return f"CASE WHEN json_valid({column}) THEN CAST({column} ->> {key} AS TEXT) END"
-
-
-class stamped(FunctionElement[Any]):
+class stamped(_template[Any]):
     """A JSON object as text (an expression), for a JSON column, with the database's now as its `at`."""
 
     type = JSONDocument
     inherit_cache = True
+    postgresql = "(CAST({0} AS jsonb) || jsonb_build_object('at', now()))"
+    sqlite = "json_set({0}, '$.at', strftime('%Y-%m-%dT%H:%M:%f+00:00', 'now'))"
 
 
-@compiles(stamped, POSTGRESQL)
-def _(element: stamped, compiler: SQLCompiler, **kw: Any) -> str:
-    return f"(CAST({compiler.process(element.clauses, **kw)} AS jsonb) || jsonb_build_object('at', now()))"
-
-
-@compiles(stamped, SQLITE)
-def _(element: stamped, compiler: SQLCompiler, **kw: Any) -> str:
-    moment = "strftime('%Y-%m-%dT%H:%M:%f+00:00', 'now')"
-    return f"json_set({compiler.process(element.clauses, **kw)}, '$.at', {moment})"
-
-
-class _condition(FunctionElement[bool]):
+class _condition(_template[bool]):
     """Something that is true or false."""
 
     type = sa.Boolean()
@@ -282,53 +222,27 @@ class id_in(_condition):
     """
 
     inherit_cache = True
+    postgresql = "{0} = ANY (ARRAY{1})"
+    sqlite = "{0} IN {1}"
 
 
-@compiles(id_in, POSTGRESQL)
-def _(element: id_in, compiler: SQLCompiler, **kw: Any) -> str:
-    column, subquery = element.clauses
-    return f"{compiler.process(column, **kw)} = ANY (ARRAY{compiler.process(subquery, **kw)})"
-
-
-@compiles(id_in, SQLITE)
-def _(element: id_in, compiler: SQLCompiler, **kw: Any) -> str:
-    column, subquery = element.clauses
-    return f"{compiler.process(column, **kw)} IN {compiler.process(subquery, **kw)}"
-
-
-class _among(_condition):
-    """The column is one of a list, which is one parameter."""
-
-    inherit_cache = True
-    array = "{}"  #: how PostgreSQL is given the parameter
-
-
-class text_in(_among):
+class text_in(_condition):
     """`text_in(column, bindparam(…, type_=TextArray()))`: the column is one of a list of strings."""
 
     inherit_cache = True
+    postgresql = "{0} = ANY ({1})"
+    sqlite = "{0} IN (SELECT value FROM json_each({1}))"
 
 
-class id_among(_among):
+class id_among(_condition):
     """`id_among(column, bindparam(…, type_=IdArray()))`: the column is one of a list of ids.
 
     On PostgreSQL the rows are found, and so locked, in the order of their ids.
     """
 
     inherit_cache = True
-    array = "CAST({} AS bigint[])"
-
-
-@compiles(_among, POSTGRESQL)
-def _(element: _among, compiler: SQLCompiler, **kw: Any) -> str:
-    column, values = (compiler.process(clause, **kw) for clause in element.clauses)
-    return f"{column} = ANY ({element.array.format(values)})"
-
-
-@compiles(_among, SQLITE)
-def _(element: _among, compiler: SQLCompiler, **kw: Any) -> str:
-    column, values = (compiler.process(clause, **kw) for clause in element.clauses)
-    return f"{column} IN (SELECT value FROM json_each({values}))"  # noqa: S608 — compiled, no user text
+    postgresql = "{0} = ANY (CAST({1} AS bigint[]))"
+    sqlite = text_in.sqlite
 
 
 # Sets of rows as one parameter -----------------------------------------------------------------------------
@@ -397,14 +311,14 @@ def execute(connection: sa.Connection, statement: sa.Executable, parameters: Map
     """
     if connection.dialect.driver != "psycopg":
         result = connection.execute(statement, parameters)
-        return result.all() if result.returns_rows else ()
-    text, constants, types = _compiled(statement)
-    encoded = {**constants, **parameters}
-    for name, decorated in types.items():
-        encoded[name] = decorated.process_bind_param(encoded[name], connection.dialect)
-    if STRAIGHT in connection.info:
-        return _execute_straight(connection, text, encoded)
-    result = connection.exec_driver_sql(text, encoded)
+    else:
+        text, constants, types = _compiled(statement)
+        encoded = {**constants, **parameters}
+        for name, decorated in types.items():
+            encoded[name] = decorated.process_bind_param(encoded[name], connection.dialect)
+        if STRAIGHT in connection.info:
+            return _execute_straight(connection, text, encoded)
+        result = connection.exec_driver_sql(text, encoded)
     return result.all() if result.returns_rows else ()
 
 
