@@ -215,7 +215,12 @@ class Slots:
 
     def _start(self, jobs: Sequence[ClaimedJob]) -> None:
         """Run jobs in slots that are already taken for them. Called with the lock held."""
-        in_threads = [job for job in jobs if not self._worker.is_async(job)]
+        in_threads = []
+        for job in jobs:
+            if self._worker.is_async(job):
+                self._worker.call_in_loop(self, job)
+            else:
+                in_threads.append(job)
         # All threads before any job: while jobs run, a new thread waits long for the interpreter's lock, and this one
         # for the new thread.
         try:
@@ -226,9 +231,6 @@ class Slots:
         finally:  # should the system allow no more threads, there are those that it allowed before
             for job in in_threads:
                 self._inbox.put(job)
-        for job in jobs:
-            if self._worker.is_async(job):
-                self._worker.call_in_loop(self, job)
 
     def _run_thread(self) -> None:
         while (taken := self._inbox.get()) is not None:

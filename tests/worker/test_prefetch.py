@@ -422,6 +422,22 @@ def test_jobs_run_in_the_threads_that_the_system_allows(runner: Runner, monkeypa
     assert runner.ended == [0, 1, 2]
 
 
+def test_a_coroutine_starts_although_the_system_allows_no_thread_for_the_job_before_it(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_more(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_more)
+    slots = Slots(runner, "q", 2, prefetch=None)
+    (asynchronous,) = make_jobs(1, "async")
+    _, synchronous = make_jobs(2)
+
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        slots.add([synchronous, asynchronous])
+    wait_for(lambda: runner.ended == [asynchronous.id], "the coroutine to end")
+
+
 def test_threads_are_started_as_they_are_needed_and_end_when_the_slots_are_closed(runner: Runner) -> None:
     def threads() -> int:
         return sum(thread.name == "pgqueue-counted" for thread in threading.enumerate())
