@@ -191,7 +191,7 @@ class Finisher(DatabaseLoop):
                     del held[transition.job_id]
                     if self._limited:
                         queues.add(hold.job.queue)
-                    if transition.event is not None and transition.event is EventType.RELEASE and is_written:
+                    if transition.event is EventType.RELEASE and is_written:
                         released.add(hold.job.queue)
                 if listening and hold is not None:
                     told.append((transition, hold, is_written))

@@ -208,6 +208,7 @@ def decide(job: ClaimedJob, outcome: Outcome, policy: Retry, random: float) -> T
 
     if isinstance(outcome, Completed):
         transition = Transition(job.id, job.claim_token, job.attempt, JobStatus.COMPLETED)
+        # Few have one, and to give it by name makes a transition take half as long again.
         if outcome.result_json is not None:
             transition.result_json = outcome.result_json
         return transition
