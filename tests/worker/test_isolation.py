@@ -217,7 +217,8 @@ def test_what_a_task_reports_in_its_process_is_written_and_told_as_of_any_other(
     last = {"done": 3, "total": 3, "note": None}
     assert job.progress is not None
     assert {**job.progress, **last} == job.progress
-    assert told[0] == (job_id, {"done": 0, "total": 3, "note": "step 0"})
+    steps = [(job_id, {"done": done, "total": 3, "note": f"step {done}"}) for done in range(3)]
+    assert told[0] in steps  # of reports in quick succession only the last is sure to be told
     assert told[-1] == (job_id, last)
 
 
