@@ -7,6 +7,7 @@ done takes the next job from the buffer by itself; nothing in between but a lock
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -81,6 +82,10 @@ class Slots:
         self._threads = 0
         self._inbox: queue.SimpleQueue[ClaimedJob | None] = queue.SimpleQueue()
         self._run_seconds: float | None = None
+        self._run_seconds_max = math.inf  # it cannot be more, by how many jobs ended between the last two claims
+        self._ended = 0  # jobs that ran here; threads may overwrite each other's counts, as it is for estimates
+        self._filled = (0.0, 0)  # when jobs last came (monotonic), and how many had ended by then
+        self._dry: tuple[float, int] | None = None  # likewise, when a slot first found no more of them
         self._low = 0  # with so few jobs left in the buffer, more are asked for
         self._asked = False  # for more jobs, since the last ones came
         self._last_began = 0.0  # monotonic; when a slot last began a job
@@ -109,6 +114,7 @@ class Slots:
         with self._lock:
             if self._closed:
                 return False
+            self._judge_pace()
             self.started += len(jobs)
             self._buffer.extend(jobs)
             self._low = self._ahead() // 2
@@ -120,9 +126,18 @@ class Slots:
                 self._free -= len(starting)
                 self._last_began = time.monotonic()
                 self._start(starting)
+            self._filled, self._dry = (time.monotonic(), self._ended), None
             if self._looked is None:
                 self._look()
             return True
+
+    def _judge_pace(self) -> None:
+        """How long the jobs that ended since others last came can have taken on average, at most. The running average
+        alone is led astray by a few that waited for the interpreter's lock."""
+        began, ended_before = self._filled
+        until, ended = self._dry or (time.monotonic(), self._ended)
+        whole = ended - ended_before - self._count  # each slot may have been in the middle of one
+        self._run_seconds_max = self._count * (until - began) / whole if whole > 0 else math.inf
 
     @property
     def waiting(self) -> int:
@@ -180,7 +195,7 @@ class Slots:
             if taken:
                 kept = max(1, len(self._buffer))
                 pace = min(self._count * PREFETCH_SECONDS / kept, PREFETCH_SECONDS)
-                self._run_seconds = max(self._run_seconds or 0.0, pace)
+                self._run_seconds, self._run_seconds_max = max(self._run_seconds or 0.0, pace), math.inf
                 self._low = self._ahead() // 2
             return taken
 
@@ -209,9 +224,10 @@ class Slots:
         """How many jobs to hold ahead of the slots."""
         if self._prefetch is not None:
             return self._prefetch
-        if self._run_seconds is None or self._run_seconds >= PREFETCH_SECONDS:
+        if self._run_seconds is None:
             return 0
-        return min(AHEAD_JOBS_MAX, int(self._count * PREFETCH_SECONDS / max(self._run_seconds, 1e-6)))
+        seconds = max(min(self._run_seconds, self._run_seconds_max), 1e-6)
+        return 0 if seconds >= PREFETCH_SECONDS else min(AHEAD_JOBS_MAX, int(self._count * PREFETCH_SECONDS / seconds))
 
     def _start(self, jobs: Sequence[ClaimedJob]) -> None:
         """Run jobs in slots that are already taken for them. Called with the lock held."""
@@ -263,12 +279,15 @@ class Slots:
             took, average = time.monotonic() - began, self._run_seconds
             # Two threads may overwrite each other's here: it is an estimate.
             self._run_seconds = took if average is None else average + (took - average) * RUN_TIME_WEIGHT
+            self._ended += 1
         following = self._take()
         if following is None:
             with self._lock:  # `add` fills the buffer and counts free slots in one go
                 following = self._take()
                 if following is None:
                     self._free += 1
+                    if self._dry is None:
+                        self._dry = time.monotonic(), self._ended
         if following is not None and self._worker.is_async(following) is not in_loop:
             with self._lock:
                 self._start([following])

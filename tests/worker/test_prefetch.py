@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
 import pytest
@@ -101,6 +101,23 @@ def runner() -> Iterator[Runner]:
     runner = Runner()
     yield runner
     runner.close()
+
+
+class Clock:
+    """Time that passes when a test says so."""
+
+    def __init__(self) -> None:
+        self.present = 0.0
+
+    def monotonic(self) -> float:
+        return self.present
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("pgqueue.slots.time", clock)
+    return clock
 
 
 def wait_until_idle(slots: Slots) -> None:
@@ -211,6 +228,61 @@ def test_more_is_asked_for_once_until_something_comes(runner: Runner) -> None:
     wait_until_idle(slots)
 
 
+class TimedRunner(Runner):
+    """Each job takes as much of the clock's time as the test says."""
+
+    def __init__(self, clock: Clock, seconds: Callable[[int], float]) -> None:
+        super().__init__()
+        self.clock = clock
+        self.seconds_of = seconds
+
+    def run_sync(self, job: ClaimedJob) -> None:
+        self.clock.present += self.seconds_of(job.id)
+
+
+def test_one_job_that_took_long_does_not_make_claims_small(clock: Clock) -> None:
+    runner = TimedRunner(clock, lambda job_id: 0.5 if job_id == 99 else 0.001)
+    slots = Slots(runner, "q", 1, None)
+    slots.add(make_jobs(100))
+    wait_until_idle(slots)
+    clock.present += 10  # the slots had nothing to do, which says nothing of the jobs
+
+    slots.add(make_jobs(1))
+    wait_until_idle(slots)
+
+    # 100 jobs took 0.6 s, which is 6 ms each. By the running average it would be 25.
+    assert 1 + 14 <= slots.wanted() <= 1 + 17
+    slots.close()
+
+
+def test_jobs_are_held_to_be_long_once_many_are_although_none_were_before(clock: Clock) -> None:
+    long = False
+    runner = TimedRunner(clock, lambda _: PREFETCH_SECONDS * 2 if long else 0.001)
+    slots = Slots(runner, "q", 1, None)
+    slots.add(make_jobs(100))
+    wait_until_idle(slots)
+    assert slots.wanted() > 50
+
+    long = True
+    for _ in range(2):
+        slots.add(make_jobs(50))
+        wait_until_idle(slots)
+
+    assert slots.wanted() == 1
+    slots.close()
+
+
+def test_a_single_short_job_among_long_ones_does_not_make_claims_large(clock: Clock) -> None:
+    runner = TimedRunner(clock, lambda job_id: 0.0 if job_id == 1 else 1.0)
+    slots = Slots(runner, "q", 1, None)
+    for job in make_jobs(3):
+        slots.add([job])
+        wait_until_idle(slots)
+
+    assert slots.wanted() == 1
+    slots.close()
+
+
 # Running ---------------------------------------------------------------------------------------------------
 
 
@@ -251,23 +323,6 @@ def test_jobs_passed_over_do_not_count_as_short_ones(runner: Runner) -> None:
 
 
 # What is overdue -------------------------------------------------------------------------------------------
-
-
-class Clock:
-    """Time that passes when a test says so."""
-
-    def __init__(self) -> None:
-        self.present = 0.0
-
-    def monotonic(self) -> float:
-        return self.present
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr("pgqueue.slots.time", clock)
-    return clock
 
 
 def stuck(runner: Runner, waiting: int, prefetch: int | None = None) -> Slots:
