@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any, TypeVar
@@ -302,6 +303,9 @@ def object_of(dialect_name: str, key: sa.ColumnElement[str], value: sa.ColumnEle
 #: In the `info` of a connection while its statements go straight to the driver.
 STRAIGHT = "pgqueue_straight"
 
+#: Likewise, where the server keeps such statements: the names under which it does, by their text.
+PREPARED = "pgqueue_prepared"
+
 
 def execute(connection: sa.Connection, statement: sa.Executable, parameters: Mapping[str, Any]) -> Sequence[Any]:
     """The rows of a statement that is kept: with psycopg as text, which takes half the client's time.
@@ -309,30 +313,33 @@ def execute(connection: sa.Connection, statement: sa.Executable, parameters: Map
     Their values are as the driver gives them. All at once, because SQLAlchemy takes four times as long to give them one
     by one. Within `engine.straight` they are plain tuples; anywhere else their values have names, too.
     """
+    if STRAIGHT in connection.info:
+        return _execute_straight(connection, statement, parameters)
     if connection.dialect.driver != "psycopg":
         result = connection.execute(statement, parameters)
     else:
-        text, constants, types = _compiled(statement)
-        encoded = {**constants, **parameters}
-        for name, decorated in types.items():
-            encoded[name] = decorated.process_bind_param(encoded[name], connection.dialect)
-        if STRAIGHT in connection.info:
-            return _execute_straight(connection, text, encoded)
-        result = connection.exec_driver_sql(text, encoded)
+        compiled = _compiled(statement, "pyformat")
+        result = connection.exec_driver_sql(compiled.text, compiled.encoded(parameters))
     return result.all() if result.returns_rows else ()
 
 
-def _execute_straight(connection: sa.Connection, text: str, parameters: dict[str, Any]) -> Sequence[tuple[Any, ...]]:
-    """Have psycopg execute it, and raise what SQLAlchemy would."""
+def _execute_straight(
+    connection: sa.Connection, statement: sa.Executable, parameters: Mapping[str, Any]
+) -> Sequence[tuple[Any, ...]]:
+    """Have it executed past SQLAlchemy, and raise what SQLAlchemy would."""
+    from pgqueue import libpq  # only now, because psycopg need not be complete for SQLite
+
+    compiled = _compiled(statement, "numeric_dollar")
     driver: Any = connection.connection.driver_connection
     errors: Any = connection.dialect.loaded_dbapi.Error
+    encoded = compiled.encoded(parameters)
     try:
-        cursor = driver.execute(text, parameters)
-        return cursor.fetchall() if cursor.description else ()
+        values = [encoded[name] for name in compiled.names]
+        return libpq.execute(driver, compiled.text, values, connection.info.get(PREPARED))
     except errors as error:
         raise sa.exc.DBAPIError.instance(
-            text,
-            parameters,
+            compiled.text,
+            encoded,
             error,
             errors,
             hide_parameters=True,
@@ -341,16 +348,35 @@ def _execute_straight(connection: sa.Connection, text: str, parameters: dict[str
         ) from error
 
 
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """A statement as text for psycopg."""
+
+    text: str
+    names: Sequence[str]  #: of its parameters, by position where the text has positions
+    constants: Mapping[str, Any]  #: the values that it brings along
+    decorated: Mapping[str, sa.types.TypeDecorator[Any]]  #: the types of parameters that change their values
+    dialect: sa.Dialect
+
+    def encoded(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """All values, as the driver takes them."""
+        encoded = {**self.constants, **parameters}
+        for name, decorated in self.decorated.items():
+            encoded[name] = decorated.process_bind_param(encoded[name], self.dialect)
+        return encoded
+
+
 @cache
-def _compiled(statement: Any) -> tuple[str, dict[str, Any], dict[str, sa.types.TypeDecorator[Any]]]:
-    """Its text, the values that it brings along, and the types of parameters that change their values."""
-    dialect_of_psycopg: sa.Dialect = psycopg.dialect()  # type: ignore[no-untyped-call]
-    compiled = statement.compile(dialect=dialect_of_psycopg)
-    constants = {name: bind.effective_value for name, bind in compiled.binds.items() if not bind.required}
-    decorated = {
-        name: bind.type for name, bind in compiled.binds.items() if isinstance(bind.type, sa.types.TypeDecorator)
-    }
-    return compiled.string, constants, decorated
+def _compiled(statement: Any, paramstyle: str) -> _Compiled:
+    dialect: sa.Dialect = psycopg.dialect(paramstyle=paramstyle)  # type: ignore[no-untyped-call]
+    compiled = statement.compile(dialect=dialect)
+    return _Compiled(
+        compiled.string,
+        compiled.positiontup or (),
+        {name: bind.effective_value for name, bind in compiled.binds.items() if not bind.required},
+        {name: bind.type for name, bind in compiled.binds.items() if isinstance(bind.type, sa.types.TypeDecorator)},
+        dialect,
+    )
 
 
 def quoted(table: sa.Table, *, with_schema: bool = True) -> str:

@@ -274,8 +274,9 @@ def committing_each(connection: sa.Connection) -> Iterator[None]:
 
 @contextmanager
 def straight(connection: sa.Connection) -> Iterator[None]:
-    """As `committing_each`, for `dialect.execute` alone, which then goes past SQLAlchemy: that would take the client as
-    long again as psycopg does, and in an idle worker, whose caches are cold, most of what a look for jobs costs.
+    """As `committing_each`, for `dialect.execute` alone, which then goes past SQLAlchemy to `libpq`: SQLAlchemy would
+    take the client as long again as psycopg does, and in an idle worker, whose caches are cold, most of what a look for
+    jobs costs.
 
     Not where somebody listens to what the engine executes, or has it logged: they are to hear of everything.
     """
@@ -284,7 +285,8 @@ def straight(connection: sa.Connection) -> Iterator[None]:
             yield
         return
     driver: Any = connection.connection.driver_connection
-    driver.autocommit = True
+    if not driver.closed:
+        driver.autocommit = True  # refused in a transaction, where what follows would not be committed
     connection.info[STRAIGHT] = True
     try:
         yield

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from pgqueue import pooler
-from pgqueue.dialect import POSTGRESQL
+from pgqueue.dialect import POSTGRESQL, PREPARED
 from pgqueue.engine import committing_each
 
 #: How long plans are kept. Of several indexes that would do, an empty table may suggest the lesser one.
@@ -41,6 +41,7 @@ def keep(connection: sa.Connection) -> bool:
         connection.execute(sa.select(*(sa.func.set_config(*setting, sa.false()) for setting in SETTINGS.items())))
     driver = connection.connection.driver_connection
     driver.prepare_threshold = 0  # type: ignore[union-attr]  # psycopg: prepare what is sent for the first time
+    connection.info[PREPARED] = {}
     return True
 
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from jobs import add, row
+from sqlalchemy.dialects import postgresql
 from support import execute, scalar
 
-from pgqueue import PgQueue, dialect, store
+from pgqueue import PgQueue, dialect, plans, store
 from pgqueue.engine import is_disconnect, is_transient, straight
 
 
@@ -61,6 +68,110 @@ def test_a_connection_that_broke_is_known_to_be_gone(pg: PgQueue) -> None:
 
     assert is_disconnect(caught.value)
     assert caught.value.connection_invalidated
+
+
+def test_a_connection_whose_network_is_gone_is_known_to_be_gone(pg: PgQueue) -> None:
+    with pg.engine.connect() as connection:
+        with straight(connection):
+            look(connection, pg)
+        driver: Any = connection.connection.driver_connection
+        with socket.socket(fileno=os.dup(driver.fileno())) as network:
+            network.shutdown(socket.SHUT_RDWR)
+
+        with pytest.raises(sa.exc.OperationalError) as caught, straight(connection):
+            look(connection, pg)
+        with pytest.raises(sa.exc.OperationalError) as again, straight(connection):
+            look(connection, pg)
+        connection.invalidate()
+
+    assert is_disconnect(caught.value)
+    assert is_disconnect(again.value)
+
+
+def test_values_of_all_kinds_arrive_as_they_are(pg: PgQueue) -> None:
+    values = {
+        "text": "it's 100 % \\ \U0001f600 {1,2} $1",
+        "nothing": None,
+        "token": uuid.uuid4(),
+        "number": -(2**40),
+        "share": 0.1,
+        "yes": True,
+        "texts": ["a,b", 'c"d', "", "{e}", "NULL"],
+        "none": [],
+    }
+    types = {
+        "text": sa.Text(),
+        "nothing": sa.Text(),
+        "token": sa.Uuid(),
+        "number": sa.BigInteger(),
+        "share": sa.Double(),
+        "yes": sa.Boolean(),
+        "texts": postgresql.ARRAY(sa.Text()),
+        "none": postgresql.ARRAY(sa.Text()),
+    }
+    statement = sa.select(*(sa.cast(sa.bindparam(name), type_) for name, type_ in types.items()))
+
+    for kept in (None, {}):
+        with pg.engine.connect() as connection:
+            connection.info[dialect.PREPARED] = kept
+            with straight(connection):
+                (first,) = dialect.execute(connection, statement, values)
+                (second,) = dialect.execute(connection, statement, values)
+            connection.invalidate()
+        assert first == second == tuple(values.values())
+
+
+def test_a_value_that_no_text_can_hold_is_refused_before_it_is_sent(pg: PgQueue) -> None:
+    statement = sa.select(sa.bindparam("text", type_=sa.Text()))
+
+    with pg.engine.connect() as connection:
+        with pytest.raises(sa.exc.DataError, match="NUL"), straight(connection):
+            dialect.execute(connection, statement, {"text": "a\0b"})
+        with straight(connection):
+            assert not look(connection, pg)
+
+
+def test_the_server_keeps_a_statement_once_however_often_it_is_sent(pg: PgQueue) -> None:
+    with pg.engine.connect() as connection:
+        assert plans.keep(connection)
+        with straight(connection):
+            for _ in range(3):
+                look(connection, pg)
+        kept = connection.exec_driver_sql("SELECT count(*) FROM pg_prepared_statements WHERE name LIKE 'pgqueue%%'")
+        assert kept.scalar_one() == 1
+        connection.invalidate()
+
+
+def test_a_large_answer_waits_for_a_thread_that_computes_a_few_times_at_most(pg: PgQueue) -> None:
+    # Each time that the interpreter is asked for, a thread that computes keeps it for the switch interval, which is
+    # made so long here that the number of intervals is how often it was asked for. psycopg asks some thirty times.
+    numbers = sa.func.generate_series(1, sa.bindparam("count", type_=sa.Integer())).column_valued("n")
+    statement = sa.select(numbers, sa.func.repeat("x", 300))
+    interval, before = 0.1, sys.getswitchinterval()
+    over = threading.Event()
+
+    def compute() -> None:
+        while not over.is_set():
+            pass
+
+    with pg.engine.connect() as connection:
+        with straight(connection):
+            dialect.execute(connection, statement, {"count": 1})
+        computing = threading.Thread(target=compute)
+        sys.setswitchinterval(interval)
+        try:
+            computing.start()
+            began = time.monotonic()
+            with straight(connection):
+                rows = dialect.execute(connection, statement, {"count": 2_000})
+            intervals = (time.monotonic() - began) / interval
+        finally:
+            over.set()
+            sys.setswitchinterval(before)
+            computing.join()
+
+    assert len(rows) == 2_000
+    assert intervals < 8
 
 
 def test_whoever_listens_to_the_engine_hears_of_them(pg: PgQueue) -> None:
