@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from pgqueue import store
 from pgqueue.assignment import Assignment
-from pgqueue.engine import committing_each, looking
+from pgqueue.engine import looking, straight
 from pgqueue.holds import Hold, Holds
 from pgqueue.job import ASKED_TO_STOP, Cancelled, ClaimedJob
 from pgqueue.loop import DatabaseLoop
@@ -102,7 +102,7 @@ class Heartbeat(DatabaseLoop):
             holds = list(self._holds.by_id.values())
             for first in range(0, len(holds), EXTEND_JOBS_MAX):
                 self._extend(connection, holds[first : first + EXTEND_JOBS_MAX])
-            with committing_each(connection):
+            with straight(connection):
                 store.beat(connection, self._tables, self._row())
         except BaseException:
             self._next_beat = 0.0

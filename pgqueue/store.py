@@ -1084,12 +1084,22 @@ def _open_jobs(tables: Tables) -> sa.Select[Any]:
 
 def beat(connection: sa.Connection, tables: Tables, worker: Mapping[str, Any]) -> None:
     """Record that a worker is alive; `worker` holds the columns of its row."""
+    documents = {name: json.dumps(worker[name]) for name in ("queues", "tasks")}
+    dialect.execute(connection, _beat(tables), {**worker, **documents})
+
+
+@cache
+def _beat(tables: Tables) -> sa.Executable:
     workers = tables.workers
-    connection.execute(
+    beaten: sa.Executable = (
         dialect.insert(tables.dialect_name, workers)
-        .values(**worker)
+        .values(
+            {name: sa.bindparam(name, type_=workers.c[name].type) for name in ("id", "host", "pid", "version")}
+            | {name: json_of(sa.bindparam(name, type_=sa.Text())) for name in ("queues", "tasks")}
+        )
         .on_conflict_do_update(index_elements=[workers.c.id], set_={"heartbeat_at": now()})
     )
+    return beaten
 
 
 def forget_worker(connection: sa.Connection, tables: Tables, worker_id: str) -> None:

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from pgqueue import expiry, retention, store, uniqueness
 from pgqueue.assignment import Assignment
-from pgqueue.engine import committing_each
+from pgqueue.engine import committing_each, straight
 from pgqueue.events import EventName, events_of_expired, events_of_swept
 from pgqueue.heartbeat import Heartbeat
 from pgqueue.holds import Holds
@@ -56,12 +56,13 @@ class Sweeper(DatabaseLoop):
         if time.monotonic() > sure_until:
             # This process was frozen or cut off. Let the heartbeat come first, or it takes back its own jobs.
             return self._config.heartbeat_seconds
-        with committing_each(connection):
-            if time.monotonic() >= self._forget_at:
+        if time.monotonic() >= self._forget_at:
+            with committing_each(connection):
                 store.forget_silent_workers(connection, self._tables, seconds=SILENT_WORKER_SECONDS)
                 if uniqueness.forget_periods(connection, self._tables, limit=PERIODS_MAX) < PERIODS_MAX:
                     self._forget_at = time.monotonic() + FORGET_SECONDS
-            # Nearly always there is nothing to do, and to see that takes one statement instead of eight.
+        # Nearly always there is nothing to do, and to see that takes one statement instead of eight.
+        with straight(connection):
             lapsed, expired, prunable = store.upkeep(connection, self._tables)
         swept = gone = pruned = 0
         if lapsed:

@@ -18,9 +18,8 @@ import sqlalchemy as sa
 from support import execute, scalar, wait_for
 from working import Gate, enqueue, enqueue_many, events, seize, statuses, table, wait_for_status, working
 
-from pgqueue import PgQueue, Retry, Task, Worker, WorkerConfig, current_job, heartbeat, loop, store
+from pgqueue import PgQueue, Retry, Task, Worker, WorkerConfig, current_job, heartbeat, store
 from pgqueue.dialect import now
-from pgqueue.engine import end_if_frozen
 from pgqueue.finishing import Finisher
 
 #: Many heartbeats and a lease that no busy machine lets lapse.
@@ -192,18 +191,18 @@ def test_a_process_that_stood_still_longer_than_the_lease_does_not_sweep_its_own
 def test_a_sweep_that_was_under_way_when_its_process_froze_is_taken_back(
     pgq: PgQueue, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Frozen between its decision to sweep and the transaction: only once the lease is over does that begin."""
-    sweep = store.sweep
+    """Frozen between its decision to sweep and the look for jobs: only once the lease is over does that begin."""
+    sweep, upkeep = store.sweep, store.upkeep
     job_id = enqueue(held_up(pgq, gate, "def"))
     frozen: list[bool] = []
     swept: list[store.SweepResult] = []
 
-    def begin_late(*arguments: Any) -> None:
-        if threading.current_thread().name == "pgqueue-sweep" and gate.inside and not frozen:
+    def look_late(*arguments: Any) -> tuple[bool, bool, bool]:
+        if gate.inside and not frozen:
             over = time.monotonic() + SHORT_LEASE + 0.05
             wait_for(lambda: time.monotonic() > over, "the lease to end")
             frozen.append(True)
-        end_if_frozen(*arguments)
+        return upkeep(*arguments)
 
     def no_answer(*_: Any, **settings: Any) -> None:
         raise sa.exc.OperationalError("UPDATE", {}, ConnectionError("no answer"))
@@ -214,7 +213,7 @@ def test_a_sweep_that_was_under_way_when_its_process_froze_is_taken_back(
             swept.append(result)
         return result
 
-    monkeypatch.setattr(loop, "end_if_frozen", begin_late)  # the first statement of a transaction
+    monkeypatch.setattr(store, "upkeep", look_late)
     monkeypatch.setattr(store, "sweep", note)
     monkeypatch.setattr(store, "extend", no_answer)  # nor does a heartbeat lock the job, which the sweep would skip
     with silent_worker(pgq, monkeypatch) as worker:
