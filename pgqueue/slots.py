@@ -82,10 +82,10 @@ class Slots:
         self._threads = 0
         self._inbox: queue.SimpleQueue[ClaimedJob | None] = queue.SimpleQueue()
         self._run_seconds: float | None = None
-        self._run_seconds_max = math.inf  # it cannot be more, by how many jobs ended between the last two claims
+        self._run_seconds_max = math.inf  # those that ended between the last two claims cannot have taken longer
         self._ended = 0  # jobs that ran here; threads may overwrite each other's counts, as it is for estimates
-        self._filled = (0.0, 0)  # when jobs last came (monotonic), and how many had ended by then
-        self._dry: tuple[float, int] | None = None  # likewise, when a slot first found no more of them
+        self._filled = (0, 0.0)  # how many had ended when jobs last came, and when that was (monotonic)
+        self._dry: tuple[int, float] | None = None  # likewise, when a slot first found no more of them
         self._low = 0  # with so few jobs left in the buffer, more are asked for
         self._asked = False  # for more jobs, since the last ones came
         self._last_began = 0.0  # monotonic; when a slot last began a job
@@ -114,7 +114,8 @@ class Slots:
         with self._lock:
             if self._closed:
                 return False
-            self._judge_pace()
+            if jobs:
+                self._judge_pace()
             self.started += len(jobs)
             self._buffer.extend(jobs)
             self._low = self._ahead() // 2
@@ -126,18 +127,22 @@ class Slots:
                 self._free -= len(starting)
                 self._last_began = time.monotonic()
                 self._start(starting)
-            self._filled, self._dry = (time.monotonic(), self._ended), None
+            if jobs:
+                self._begin_window()
             if self._looked is None:
                 self._look()
             return True
 
     def _judge_pace(self) -> None:
-        """How long the jobs that ended since others last came can have taken on average, at most. The running average
+        """How long those that ended since others last came can have taken on average, at most. The running average
         alone is led astray by a few that waited for the interpreter's lock."""
-        began, ended_before = self._filled
-        until, ended = self._dry or (time.monotonic(), self._ended)
+        ended_before, began = self._filled
+        ended, until = self._dry or (self._ended, time.monotonic())
         whole = ended - ended_before - self._count  # each slot may have been in the middle of one
         self._run_seconds_max = self._count * (until - began) / whole if whole > 0 else math.inf
+
+    def _begin_window(self) -> None:
+        self._filled, self._dry = (self._ended, time.monotonic()), None
 
     @property
     def waiting(self) -> int:
@@ -196,6 +201,7 @@ class Slots:
                 kept = max(1, len(self._buffer))
                 pace = min(self._count * PREFETCH_SECONDS / kept, PREFETCH_SECONDS)
                 self._run_seconds, self._run_seconds_max = max(self._run_seconds or 0.0, pace), math.inf
+                self._begin_window()  # what was short before says nothing any more
                 self._low = self._ahead() // 2
             return taken
 
@@ -231,12 +237,10 @@ class Slots:
 
     def _start(self, jobs: Sequence[ClaimedJob]) -> None:
         """Run jobs in slots that are already taken for them. Called with the lock held."""
-        in_threads = []
+        in_loop: list[ClaimedJob] = []
+        in_threads: list[ClaimedJob] = []
         for job in jobs:
-            if self._worker.is_async(job):
-                self._worker.call_in_loop(self, job)
-            else:
-                in_threads.append(job)
+            (in_loop if self._worker.is_async(job) else in_threads).append(job)
         # All threads before any job: while jobs run, a new thread waits long for the interpreter's lock, and this one
         # for the new thread.
         try:
@@ -247,6 +251,8 @@ class Slots:
         finally:  # should the system allow no more threads, there are those that it allowed before
             for job in in_threads:
                 self._inbox.put(job)
+            for job in in_loop:
+                self._worker.call_in_loop(self, job)
 
     def _run_thread(self) -> None:
         while (taken := self._inbox.get()) is not None:
@@ -287,7 +293,7 @@ class Slots:
                 if following is None:
                     self._free += 1
                     if self._dry is None:
-                        self._dry = time.monotonic(), self._ended
+                        self._dry = self._ended, time.monotonic()
         if following is not None and self._worker.is_async(following) is not in_loop:
             with self._lock:
                 self._start([following])

@@ -235,8 +235,12 @@ class TimedRunner(Runner):
         super().__init__()
         self.clock = clock
         self.seconds_of = seconds
+        self.held: int | None = None  # this job waits until it is told to end
 
     def run_sync(self, job: ClaimedJob) -> None:
+        if job.id == self.held:
+            self._begin(job)
+            self._end_one.get(timeout=30)
         self.clock.present += self.seconds_of(job.id)
 
 
@@ -246,6 +250,7 @@ def test_one_job_that_took_long_does_not_make_claims_small(clock: Clock) -> None
     slots.add(make_jobs(100))
     wait_until_idle(slots)
     clock.present += 10  # the slots had nothing to do, which says nothing of the jobs
+    slots.add([])  # nor does a claim that found nothing
 
     slots.add(make_jobs(1))
     wait_until_idle(slots)
@@ -267,6 +272,24 @@ def test_jobs_are_held_to_be_long_once_many_are_although_none_were_before(clock:
     for _ in range(2):
         slots.add(make_jobs(50))
         wait_until_idle(slots)
+
+    assert slots.wanted() == 1
+    slots.close()
+
+
+def test_what_was_short_before_jobs_were_given_back_makes_no_claim_large_after_it(clock: Clock) -> None:
+    runner = TimedRunner(clock, lambda _: 0.001)
+    runner.held = 60
+    slots = Slots(runner, "q", 1, None)
+    slots.add(make_jobs(110))
+    wait_for(lambda: runner.began == [60], "the long job to run")
+    clock.present += 1
+
+    assert len(slots.take_back(49)) == 49
+    runner.end_one()
+    wait_until_idle(slots)
+    slots.add(make_jobs(1))
+    wait_until_idle(slots)
 
     assert slots.wanted() == 1
     slots.close()
