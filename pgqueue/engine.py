@@ -275,10 +275,11 @@ def committing_each(connection: sa.Connection) -> Iterator[None]:
 @contextmanager
 def straight(connection: sa.Connection) -> Iterator[None]:
     """As `committing_each`, for `dialect.execute` alone, which then goes past SQLAlchemy to `libpq`: SQLAlchemy would
-    take the client as long again as psycopg does, and in an idle worker, whose caches are cold, most of what a look for
+    take the client as long again as the driver, and in an idle worker, whose caches are cold, most of what a look for
     jobs costs.
 
-    Not where somebody listens to what the engine executes, or has it logged: they are to hear of everything.
+    Not where somebody listens to what the engine or its driver executes, or has it logged: they are to hear of
+    everything.
     """
     if connection.dialect.driver != "psycopg" or _is_watched(connection):
         with committing_each(connection):
@@ -298,10 +299,13 @@ def straight(connection: sa.Connection) -> Iterator[None]:
 
 def _is_watched(connection: sa.Connection) -> bool:
     listeners = connection.dispatch
+    driver: Any = connection.connection.driver_connection
+    dbapi: Any = connection.dialect.loaded_dbapi
     return bool(
         listeners.before_cursor_execute
         or listeners.after_cursor_execute
         or connection.dialect.dispatch.handle_error
+        or driver.cursor_factory is not dbapi.Cursor
         or connection.engine.logger.isEnabledFor(logging.INFO)
     )
 

@@ -11,6 +11,7 @@ import time
 import uuid
 from typing import Any
 
+import psycopg
 import pytest
 import sqlalchemy as sa
 from jobs import add, row
@@ -68,6 +69,7 @@ def test_a_connection_that_broke_is_known_to_be_gone(pg: PgQueue) -> None:
 
     assert is_disconnect(caught.value)
     assert caught.value.connection_invalidated
+    assert "terminating connection due to administrator command" in str(caught.value)  # not only that it is gone
 
 
 def test_a_connection_whose_network_is_gone_is_known_to_be_gone(pg: PgQueue) -> None:
@@ -190,6 +192,24 @@ def test_whoever_listens_to_the_engine_hears_of_them(pg: PgQueue) -> None:
 
     assert len(heard) == 1
     assert "pgqueue.jobs" in heard[0]
+
+
+def test_whoever_watches_the_cursors_of_the_driver_sees_them(pg: PgQueue) -> None:
+    seen: list[Any] = []
+
+    class Watched(psycopg.Cursor[Any]):
+        def execute(self, query: Any, *arguments: Any, **options: Any) -> Any:
+            seen.append(query)
+            return super().execute(query, *arguments, **options)
+
+    with pg.engine.connect() as connection:
+        driver: Any = connection.connection.driver_connection
+        driver.cursor_factory = Watched
+        with straight(connection):
+            look(connection, pg)
+        connection.invalidate()
+
+    assert [True for query in seen if "pgqueue.jobs" in str(query)] == [True]
 
 
 def test_the_log_of_the_engine_has_them(pg: PgQueue, caplog: pytest.LogCaptureFixture) -> None:
