@@ -4,8 +4,7 @@ transactions that commit late.
     pgqueue worker mixed:pgq
     python mixed.py feed URL '{"seconds": 120, "ahead": 20000}'
 
-Prints {"jobs", "began", "late_from", "late": [[number, microseconds of its commit], …]}: jobs from that number on were
-committed late.
+Prints {"jobs", "began", "late": [[number, microseconds of its commit], …]}: the jobs that were committed late.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ def feed(url: str, seconds: float, ahead: int) -> dict[str, object]:
     for thread in others:
         thread.join()
     pgq.dispose()
-    return {"jobs": jobs, "began": began, "late_from": LATE_FROM, "late": late}
+    return {"jobs": jobs, "began": began, "late": late}
 
 
 def commit_late(url: str, until: float, late: list[tuple[int, int]]) -> None:
