@@ -73,12 +73,18 @@ def takes(mib: int) -> int:
 def starved() -> None: ...
 
 
-@pgq.task(isolation="process", retry=ONCE)
-def reports(go: str) -> None:
-    for done in range(3):
-        progress(done, 3, f"step {done}")
-    while not Path(go).exists():
+def wait_until_there(path: str) -> None:
+    while not Path(path).exists():
         time.sleep(0.005)
+
+
+@pgq.task(isolation="process", retry=ONCE)
+def reports(seen: str, go: str) -> None:
+    progress(0, 3, "step 0")
+    wait_until_there(seen)
+    for done in (1, 2):
+        progress(done, 3, f"step {done}")
+    wait_until_there(go)
     progress(3, 3)
 
 
@@ -91,8 +97,7 @@ async def reports_much(count: int) -> None:
 @pgq.task(isolation="process", retry=ONCE)
 def patient(pid_file: str, go: str) -> str:
     Path(pid_file).write_text(f"{os.getpid()}")
-    while not Path(go).exists():
-        time.sleep(0.005)
+    wait_until_there(go)
     return "done"
 
 
