@@ -21,6 +21,7 @@ from working import Gate, enqueue, enqueue_many, events, seize, statuses, table,
 from pgqueue import PgQueue, Retry, Task, Worker, WorkerConfig, current_job, heartbeat, store
 from pgqueue.dialect import now
 from pgqueue.finishing import Finisher
+from pgqueue.heartbeat import Heartbeat
 
 #: Many heartbeats and a lease that no busy machine lets lapse.
 ALIVE: dict[str, Any] = {"lease": 20.0, "heartbeat_interval": 0.05}
@@ -92,14 +93,15 @@ def silent_worker(
             }
         ),
     )
-    beat, tried = store.beat, itertools.count(1)
+    beat, tried = Heartbeat._beat, itertools.count(1)
 
-    def fail_for_this_worker(connection: sa.Connection, tables: Any, row: dict[str, Any]) -> None:
-        if row["id"] == silent.id and next(tried) > heartbeats:
-            raise sa.exc.OperationalError("INSERT", {}, ConnectionError("no answer"))
-        beat(connection, tables, row)
+    def fail_for_this_worker(heartbeat: Heartbeat, connection: sa.Connection) -> None:
+        # The whole of it: what fails after the leases are extended is tried again, and extends them again.
+        if heartbeat is silent._heartbeat and next(tried) > heartbeats:
+            raise sa.exc.OperationalError("UPDATE", {}, ConnectionError("no answer"))
+        beat(heartbeat, connection)
 
-    monkeypatch.setattr(store, "beat", fail_for_this_worker)
+    monkeypatch.setattr(Heartbeat, "_beat", fail_for_this_worker)
     with silent:
         yield silent
 

@@ -54,7 +54,9 @@ class Outage:
 
     def begin(self) -> None:
         self._run(f"ALTER DATABASE {self._name} ALLOW_CONNECTIONS false")
-        self._run(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{self._name}'")
+        # A session that has not got round to dying yet answers nobody, but its connection still looks sound.
+        end_all = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{self._name}'"
+        wait_for(lambda: not rows(self._engine, end_all), "the sessions to be gone")
 
     def end(self) -> None:
         self._run(f"ALTER DATABASE {self._name} ALLOW_CONNECTIONS true")
