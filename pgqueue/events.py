@@ -16,6 +16,7 @@ import logging
 import threading
 import time
 import traceback
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -117,7 +118,7 @@ class Listeners:
         self.wanted: frozenset[EventName] = frozenset()
         self._lock = threading.Lock()
         self._subscriptions: tuple[Subscription, ...] = ()
-        self._progress_told: dict[int, float] = {}
+        self._progress_told: dict[tuple[int, uuid.UUID], float] = {}  # of each attempt
         self._delivers_at_exit = False
 
     def add(self, name: str, function: Listener, *, task: str | None, queue: str | None) -> Subscription:
@@ -150,12 +151,13 @@ class Listeners:
             return
         now = time.monotonic()
         is_last = progress.get("total") is not None and progress.get("done") == progress.get("total")
-        told_at = self._progress_told.get(job.id)
+        attempt = job.id, job.claim_token
+        told_at = self._progress_told.get(attempt)
         if told_at is not None and now - told_at < PROGRESS_SECONDS and not is_last:
             return
         if len(self._progress_told) >= PROGRESS_JOBS_MAX:
             self._progress_told.clear()
-        self._progress_told[job.id] = now
+        self._progress_told[attempt] = now
         self.tell([event_of(EventName.PROGRESS, job, progress=progress)])
 
     def deliver(self, seconds: float = DELIVER_SECONDS) -> bool:

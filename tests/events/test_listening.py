@@ -619,6 +619,22 @@ def test_progress_is_told_at_most_once_a_second_of_each_job_but_the_last_step_al
     ]
 
 
+def test_the_first_progress_of_an_attempt_is_told_however_soon_it_comes_after_another_attempt_s(
+    pgq: PgQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "PROGRESS_SECONDS", 3600.0)
+    ear = Ear(pgq, "job:progress")
+    enqueue(pgq.external_task("work"))
+
+    for attempt in (1, 2):
+        (job,) = pgq.claim("consumer", limit=1)
+        pgq._listeners.tell_progress(job, {"done": attempt, "total": 9})
+        pgq.nack(job, delay=0)
+
+    ear.wait_for(2)
+    assert [event.progress for event in ear.heard] == [{"done": attempt, "total": 9} for attempt in (1, 2)]
+
+
 def test_nothing_is_noted_of_attempts_while_nobody_listens(pgq: PgQueue) -> None:
     @pgq.task
     def work() -> None: ...
