@@ -15,7 +15,7 @@ from pgqueue.assignment import Assignment
 from pgqueue.engine import LockNotWon, bounding_itself, looking, straight
 from pgqueue.holds import Holds
 from pgqueue.job import ClaimedJob, Outcome, Released
-from pgqueue.lanes import Lanes
+from pgqueue.lanes import Lane, Lanes
 from pgqueue.loop import DatabaseLoop
 from pgqueue.slots import OVERDUE_SECONDS, Slots
 
@@ -226,15 +226,15 @@ class Claimer(DatabaseLoop):
     def _look(self, connection: sa.Connection, slots: Slots, lanes: Lanes) -> bool:
         """Let the next claim begin at the front of each lane; False when nothing is pending."""
         began = time.monotonic()
-        pending: list[int] = []
+        fronts: list[Lane] = []
         limited = False
         with straight(connection):
             if not lanes.last_look_found_none or store.is_any_pending(connection, self._tables, queue=slots.name):
-                pending, limited = store.lanes(connection, self._tables, queue=slots.name, tasks=self._task_names)
+                fronts, limited = store.lanes(connection, self._tables, queue=slots.name, tasks=self._task_names)
         if limited:
             self._limited.add(slots.name)
-        lanes.looked(pending, began, time.monotonic())
-        return bool(pending)
+        lanes.looked(fronts, began, time.monotonic())
+        return bool(fronts)
 
     def _claim(self, connection: sa.Connection, slots: Slots, lanes: Lanes | None = None) -> bool:
         """Claim as many jobs of a queue as its slots want, and put them there; whether there were so many."""

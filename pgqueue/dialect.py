@@ -215,6 +215,15 @@ class _condition(_template[bool]):
         return self
 
 
+class no_earlier(_condition):
+    """`no_earlier(column, moment)`: whether the column's moment is the other, or later. On SQLite to the second: what
+    plain SQL writes there may have no milliseconds, and comes before what has."""
+
+    inherit_cache = True
+    postgresql = "{0} >= {1}"
+    sqlite = "{0} >= substr({1}, 1, 19)"
+
+
 class id_in(_condition):
     """`id_in(column, select.scalar_subquery())`: the column is one of the selected ids.
 
@@ -407,29 +416,31 @@ def with_settings(dialect_name: str, **settings: sa.ColumnElement[str]) -> sa.Co
 OFF: sa.ColumnClause[str] = sa.literal_column("'off'")
 
 
-def lanes(jobs: sa.Table, queue: sa.BindParameter[str]) -> sa.Select[Any]:
-    """PostgreSQL: the priorities that pending jobs of one queue have, the highest first.
+def lanes(jobs: sa.Table, queue: sa.BindParameter[str], *of_first: sa.Column[Any]) -> sa.Select[Any]:
+    """PostgreSQL: the priorities that pending jobs of one queue have, the highest first; and these columns of the first
+    job of each, in the order of claims.
 
     By stepping through the claim index from one priority to the next, from above the highest that there can be.
     """
     pending: sa.ColumnClause[str] = sa.literal_column("'pending'")
     above_all = sa.literal_column("32768", sa.Integer)
-    lane = sa.select(above_all.label("priority")).cte("lane", recursive=True)
+    nothing = [sa.cast(sa.null(), column.type).label(column.name) for column in of_first]
+    lane = sa.select(above_all.label("priority"), *nothing).cte("lane", recursive=True)
     following = (
-        sa.select(sa.cast(jobs.c.priority, sa.Integer).label("priority"))
+        sa.select(sa.cast(jobs.c.priority, sa.Integer).label("priority"), *of_first)
         .where(
             jobs.c.queue == queue,
             jobs.c.status == pending,
             jobs.c.waits_for.is_(None),
             jobs.c.priority < lane.c.priority,
         )
-        .order_by(jobs.c.priority.desc())
+        .order_by(jobs.c.priority.desc(), *([jobs.c.run_at, jobs.c.id] if of_first else []))
         .limit(sa.literal_column("1"))
         .correlate(lane)
         .lateral("following")
     )
-    lane = lane.union_all(sa.select(following.c.priority).select_from(lane.join(following, sa.true())))
-    return sa.select(lane.c.priority).where(lane.c.priority < above_all)
+    lane = lane.union_all(sa.select(*following.c).select_from(lane.join(following, sa.true())))
+    return sa.select(*lane.c).where(lane.c.priority < above_all)
 
 
 def due(

@@ -7,6 +7,7 @@ no expired job is claimed is the claim's own condition; here it becomes visible 
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from functools import cache
 
 import sqlalchemy as sa
@@ -14,15 +15,25 @@ import sqlalchemy as sa
 from pgqueue.dialect import id_in, json_of, now
 from pgqueue.job import EXPIRED, EventType, JobStatus
 from pgqueue.schema import Tables
-from pgqueue.store import DEAD, PENDING, prune_at_of_dead, record_all
+from pgqueue.store import DEAD, EARLIEST, PENDING, is_since, prune_at_of_dead, record_all
 
 #: The most jobs that one statement finds expired.
 EXPIRE_JOBS_MAX = 500
 
 
-def expire(connection: sa.Connection, tables: Tables, *, actor: str, limit: int = EXPIRE_JOBS_MAX) -> list[int]:
-    """Let up to `limit` pending jobs that have expired be dead; their ids. Skips what others have locked."""
-    expired = connection.execute(_expire(tables), {"limit": limit}).all()
+def expire(
+    connection: sa.Connection,
+    tables: Tables,
+    *,
+    actor: str,
+    limit: int = EXPIRE_JOBS_MAX,
+    since: datetime = EARLIEST,
+) -> list[int]:
+    """Let up to `limit` pending jobs that have expired be dead; their ids. Skips what others have locked.
+
+    since: look for none that expired before.
+    """
+    expired = connection.execute(_expire(tables), {"limit": limit, "since": since}).all()
     record_all(
         connection,
         tables,
@@ -41,7 +52,7 @@ def _expire(tables: Tables) -> sa.Update:
     jobs = tables.jobs
     expired = (
         sa.select(jobs.c.id)
-        .where(jobs.c.status == PENDING, jobs.c.expires_at <= now())
+        .where(jobs.c.status == PENDING, jobs.c.expires_at <= now(), is_since(jobs.c.expires_at))
         .order_by(jobs.c.expires_at)
         .limit(sa.bindparam("limit", type_=sa.Integer()))
         .with_for_update(skip_locked=True)

@@ -9,10 +9,10 @@ priority nobody used before) is found by looking again from the front, now and t
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
+from pgqueue.budget import Budget
 from pgqueue.job import ClaimedJob
 
 #: Looking from the front takes this share of the time at most,
@@ -35,10 +35,9 @@ class Lanes:
     """The lanes of one queue, as one worker knows them."""
 
     def __init__(self) -> None:
-        self.look_allowed_at = 0.0  #: monotonic; to look from the front before would cost too much
         self.last_look_found_none = True
+        self._looks = Budget(LOOK_SHARE, LOOKS_JUDGED, LOOK_SECONDS_MAX)
         self._look_wanted_at = 0.0
-        self._took = deque([0.0], maxlen=LOOKS_JUDGED)  # seconds, the latest looks
         self._marks: dict[int, tuple[datetime | None, int]] = {}
 
     @property
@@ -46,23 +45,25 @@ class Lanes:
         """Whether there is a lane to claim from."""
         return bool(self._marks)
 
+    @property
+    def look_allowed_at(self) -> float:
+        """Monotonic; to look from the front before would cost too much."""
+        return self._looks.allowed_at
+
     def may_look(self) -> bool:
-        return time.monotonic() >= self.look_allowed_at
+        return self._looks.allows()
 
     def should_look(self) -> bool:
         """Although claims find all they want."""
         return time.monotonic() >= self._look_wanted_at
 
-    def looked(self, priorities: Iterable[int], began: float, ended: float) -> None:
-        """Jobs are pending in these lanes; to find that out took from `began` to `ended`."""
+    def looked(self, fronts: Iterable[Lane], began: float, ended: float) -> None:
+        """Jobs are pending behind these marks, none before; to find that out took from `began` to `ended`."""
         self.last_look_found_none = True
-        for priority in priorities:
-            self._marks[priority] = (None, 0)
+        for priority, run_at, job_id in fronts:
+            self._marks[priority] = (run_at, job_id)
             self.last_look_found_none = False
-        self._took.append(ended - began)
-        rest = min(min(self._took) / LOOK_SHARE, LOOK_SECONDS_MAX)
-        self.look_allowed_at = ended + rest
-        self._look_wanted_at = ended + max(rest, LOOK_SECONDS_MIN)
+        self._look_wanted_at = ended + max(self._looks.spent(began, ended), LOOK_SECONDS_MIN)
 
     def claimed(self, jobs: Sequence[ClaimedJob]) -> None:
         """These jobs were claimed, in the order of claims."""

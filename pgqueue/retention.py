@@ -9,6 +9,7 @@ one stays a moment longer if others may wait for it (`limits`): it is deleted on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import cache
 from typing import Any
 
@@ -19,7 +20,7 @@ from pgqueue import dialect, store, uniqueness
 from pgqueue.dialect import id_among, json_of, now, seconds_from_now, statement_now
 from pgqueue.job import JobStatus, Transition
 from pgqueue.schema import Tables
-from pgqueue.store import COMPLETED, DEAD, FINAL, IDS
+from pgqueue.store import COMPLETED, DEAD, EARLIEST, FINAL, IDS
 
 #: The most jobs deleted in one transaction.
 PRUNE_JOBS_MAX = 1_000
@@ -179,10 +180,15 @@ def declare(connection: sa.Connection, tables: Tables, keep_dead: Mapping[str, f
         )
 
 
-def prune_due(connection: sa.Connection, tables: Tables, *, limit: int = PRUNE_JOBS_MAX) -> int:
+def prune_due(
+    connection: sa.Connection, tables: Tables, *, limit: int = PRUNE_JOBS_MAX, since: datetime = EARLIEST
+) -> int:
     """Delete up to `limit` ended jobs whose time has come, with their events; how many. Skips what others have
-    locked."""
-    due = connection.execute(_due_to_prune(tables), {"limit": limit}).all()
+    locked.
+
+    since: look for none whose time came before.
+    """
+    due = connection.execute(_due_to_prune(tables), {"limit": limit, "since": since}).all()
     ids = sorted(row.id for row in due)
     if ids:
         uniqueness.release(connection, tables, [row for row in due if row.status != JobStatus.COMPLETED])
@@ -197,7 +203,12 @@ def _due_to_prune(tables: Tables) -> sa.Select[Any]:
     return (
         sa.select(jobs.c.id, jobs.c.task, jobs.c.status, jobs.c.unique_key)
         # The status, because a job that plain SQL put back to pending must not be lost.
-        .where(jobs.c.prune_at <= now(), jobs.c.status.op("IN")(FINAL), store.nobody_waits_for(jobs))
+        .where(
+            jobs.c.prune_at <= now(),
+            jobs.c.status.op("IN")(FINAL),
+            store.nobody_waits_for(jobs),
+            store.is_since(jobs.c.prune_at),
+        )
         .order_by(jobs.c.prune_at)
         .limit(sa.bindparam("limit", type_=sa.Integer()))
         .with_for_update(skip_locked=True)

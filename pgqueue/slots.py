@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
+from pgqueue.budget import Budget
 from pgqueue.job import ClaimedJob
 
 #: A claim brings about this much work per slot: short jobs come by the hundred, long ones one by one.
@@ -89,8 +90,7 @@ class Slots:
         self._low = 0  # with so few jobs left in the buffer, more are asked for
         self._asked = False  # for more jobs, since the last ones came
         self._last_began = 0.0  # monotonic; when a slot last began a job
-        self._ask_at = 0.0  # monotonic; whether other workers may be free is not asked before
-        self._asks_took = deque([0.0], maxlen=ASKS_JUDGED)  # seconds
+        self._asks = Budget(ASK_SHARE, ASKS_JUDGED)  # whether other workers may be free
         self._looked: tuple[float, int, int] | None = None  # when, how many had left the buffer, how many were in it
         self._closed = False
 
@@ -182,12 +182,14 @@ class Slots:
 
     def may_ask_others(self) -> bool:
         """Whether to find out if other workers may be free. They are not where a claim just found all it asked for."""
-        return time.monotonic() >= max(self._ask_at, self.found_all_at + OVERDUE_SECONDS)
+        return self._asks.allows() and time.monotonic() >= self.found_all_at + OVERDUE_SECONDS
 
     def asked_others(self, *, free: bool, seconds: float) -> None:
         """The answer came after so many seconds."""
-        self._asks_took.append(seconds)
-        self._ask_at = 0.0 if free else time.monotonic() + min(self._asks_took) / ASK_SHARE
+        answered = time.monotonic()
+        self._asks.spent(answered - seconds, answered)
+        if free:
+            self._asks.allow()
 
     def take_back(self, count: int) -> list[ClaimedJob]:
         """Up to so many jobs out of the buffer, those that would start last; fewer are held ahead from now on."""

@@ -17,12 +17,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import pydantic_core
 import sqlalchemy as sa
 
 from pgqueue import dialect
+from pgqueue.arguments import RUN_AT_MIN
 from pgqueue.dialect import (
     IdArray,
     TextArray,
@@ -30,6 +31,7 @@ from pgqueue.dialect import (
     id_in,
     json_of,
     microseconds,
+    no_earlier,
     now,
     seconds_from_now,
     seconds_since,
@@ -55,6 +57,9 @@ from pgqueue.job import (
 from pgqueue.lanes import Lane
 from pgqueue.retry import DELAY_SECONDS_MAX
 from pgqueue.schema import OPEN_WITH_KEY, Tables
+
+#: No moment of a job lies before.
+EARLIEST = RUN_AT_MIN
 
 #: Literals, never parameters: a plan for any value of a parameter cannot use a partial index.
 PENDING: sa.ColumnClause[str] = sa.literal_column("'pending'")
@@ -396,12 +401,13 @@ def replace_pending(connection: sa.Connection, tables: Tables, job: NewJob, acto
 
 def lanes(
     connection: sa.Connection, tables: Tables, *, queue: str, tasks: Sequence[str] | None = None
-) -> tuple[list[int], bool]:
-    """The priorities that pending jobs of one queue have, the highest first; and whether claims from it have to keep
-    limits (False when nothing is pending). For PostgreSQL."""
+) -> tuple[list[Lane], bool]:
+    """For each priority that pending jobs of one queue have, the highest first, the mark right before the first job, if
+    that is due; and whether claims from the queue have to keep limits (False when nothing is pending). For PostgreSQL.
+    """
     parameters = {"of_queue": queue, **({} if tasks is None else {"tasks": list(tasks)})}
     rows = dialect.execute(connection, _lanes(tables, tasks is not None), parameters)
-    return [priority for priority, _ in rows], any(limited for _, limited in rows)
+    return [(priority, run_at, id_before) for priority, run_at, id_before, _ in rows], any(row[-1] for row in rows)
 
 
 def is_any_pending(connection: sa.Connection, tables: Tables, *, queue: str) -> bool:
@@ -422,8 +428,17 @@ def _first_lane(tables: Tables) -> sa.Select[Any]:
 
 @cache
 def _lanes(tables: Tables, of_tasks: bool) -> sa.Select[Any]:
+    """What is not due yet marks no front: before it will come what is enqueued meanwhile."""
+    jobs = tables.jobs
     queue = sa.bindparam("of_queue", type_=sa.Text())
-    return dialect.lanes(tables.jobs, queue).add_columns(has_limits(tables, queue, of_tasks).label("limited"))
+    lane = dialect.lanes(jobs, queue, jobs.c.run_at, jobs.c.id).subquery("lane")
+    is_due = lane.c.run_at <= now()
+    return sa.select(
+        lane.c.priority,
+        sa.case((is_due, lane.c.run_at)).label("run_at"),
+        sa.case((is_due, lane.c.id - sa.literal_column("1")), else_=sa.literal_column("0")).label("id_before"),
+        has_limits(tables, queue, of_tasks).label("limited"),
+    )
 
 
 def claim(
@@ -458,7 +473,7 @@ def claim(
         parameters["tasks"] = list(tasks)
     if tables.dialect_name == dialect.POSTGRESQL:
         if marks is None:
-            marks = [(priority, None, 0) for priority in lanes(connection, tables, queue=queue)[0]]
+            marks, _ = lanes(connection, tables, queue=queue)
         parameters["lanes"] = lanes_document(marks)
     rows = dialect.execute(connection, _claim(tables, tasks is not None, flush), parameters)
     return claimed_jobs(rows, queue=queue, worker=worker, token=token)
@@ -951,38 +966,62 @@ def release_claim(connection: sa.Connection, tables: Tables, token: uuid.UUID, *
     return [row.id for row in released]
 
 
-def upkeep(connection: sa.Connection, tables: Tables) -> tuple[bool, bool, bool]:
-    """Whether there is something to sweep, pending jobs that have expired, and something to prune because its time has
-    come. One statement."""
-    ((lapsed, expired, prunable),) = dialect.execute(connection, _upkeep(tables), {})
-    return bool(lapsed), bool(expired), bool(prunable)
+class Overdue(NamedTuple):
+    """The earliest moments that have come of what a sweep sees to; None where none has."""
+
+    lapsed: datetime | None  #: when a lease ran out
+    expired: datetime | None  #: when a pending job expired
+    prunable: datetime | None  #: when a job that has ended was to be pruned
+
+
+SINCE_EVER = Overdue(EARLIEST, EARLIEST, EARLIEST)
+
+
+def upkeep(connection: sa.Connection, tables: Tables, since: Overdue = SINCE_EVER) -> tuple[Overdue, datetime]:
+    """What there is to see to, looking for nothing from before these moments; and up to which moment that was looked
+    for. One statement."""
+    bounds = {f"since_{name}": moment for name, moment in since._asdict().items()}
+    ((*moments, present),) = dialect.execute(connection, _upkeep(tables), bounds)
+    return Overdue(*moments), present
 
 
 @cache
 def _upkeep(tables: Tables) -> sa.Select[Any]:
     """By the earliest moment in an index, because the plan of an EXISTS may hope to meet one early in the table."""
     jobs = tables.jobs
-
-    def is_over(moment: sa.Column[Any], condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
-        earliest: sa.Select[Any] = sa.select(moment).where(condition).order_by(moment).limit(1)
-        return earliest.scalar_subquery() < now()
-
-    looks: list[Any] = [
-        is_over(jobs.c.claim_expires_at, jobs.c.status == RUNNING),
-        is_over(jobs.c.expires_at, sa.and_(jobs.c.expires_at.is_not(None), jobs.c.status == PENDING)),
-        is_over(jobs.c.prune_at, jobs.c.prune_at.is_not(None)),
+    looks = {
+        "lapsed": (jobs.c.claim_expires_at, jobs.c.status == RUNNING),
+        "expired": (jobs.c.expires_at, sa.and_(jobs.c.expires_at.is_not(None), jobs.c.status == PENDING)),
+        "prunable": (jobs.c.prune_at, jobs.c.prune_at.is_not(None)),
+    }
+    earliest = [
+        sa.select(moment)
+        .where(condition, moment < now(), is_since(moment, f"since_{name}"))
+        .order_by(moment)
+        .limit(sa.literal_column("1"))
+        .scalar_subquery()
+        for name, (moment, condition) in looks.items()
     ]
-    return sa.select(*looks)
+    return sa.select(*earliest, now())
 
 
-def sweep(connection: sa.Connection, tables: Tables, *, limit: int, actor: str) -> SweepResult:
+def is_since(moment: sa.Column[Any], name: str = "since") -> sa.ColumnElement[bool]:
+    """Whether it is no earlier than the parameter says."""
+    return no_earlier(moment, sa.bindparam(name, type_=moment.type))
+
+
+def sweep(
+    connection: sa.Connection, tables: Tables, *, limit: int, actor: str, since: datetime = EARLIEST
+) -> SweepResult:
     """Take up to `limit` jobs from workers whose lease has run out: pending again with a retry charged, or dead; or
     cancelled, where somebody had asked them to stop.
 
     One statement, which checks the lease again once it has the row's lock: a job that was just finished or
     extended is left alone.
+
+    since: look for no lease that ran out before.
     """
-    swept = dialect.execute(connection, _sweep(tables), {"limit": limit})
+    swept = dialect.execute(connection, _sweep(tables), {"limit": limit, "since": since})
     for status in (JobStatus.PENDING, JobStatus.DEAD, JobStatus.CANCELLED):
         record_all(
             connection,
@@ -1010,7 +1049,7 @@ def _sweep(tables: Tables) -> sa.Update:
     jobs = tables.jobs
     expired = (
         sa.select(jobs.c.id)
-        .where(jobs.c.status == RUNNING, jobs.c.claim_expires_at < now())
+        .where(jobs.c.status == RUNNING, jobs.c.claim_expires_at < now(), is_since(jobs.c.claim_expires_at))
         .order_by(jobs.c.claim_expires_at)
         .limit(sa.bindparam("limit", type_=sa.Integer()))
         .with_for_update(skip_locked=True)

@@ -1,15 +1,22 @@
-"""The sweep: takes back what dead workers held, and deletes what is not to be kept any longer."""
+"""The sweep: takes back what dead workers held, and deletes what is not to be kept any longer.
+
+Jobs that were taken back or deleted, and all that have ended, leave entries behind in the indexes that the sweep goes
+by, which PostgreSQL cannot remove as long as anybody holds a snapshot from before. So where a look from the beginning
+takes long, most looks begin where the one before was done (`Seen`).
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable
+from datetime import datetime
 
 import sqlalchemy as sa
 
 from pgqueue import expiry, retention, store, uniqueness
 from pgqueue.assignment import Assignment
+from pgqueue.budget import Budget
 from pgqueue.engine import committing_each, straight
 from pgqueue.events import EventName, events_of_expired, events_of_swept
 from pgqueue.heartbeat import Heartbeat
@@ -32,6 +39,36 @@ FORGET_SECONDS = 300.0
 PERIODS_MAX = 5_000
 
 
+#: Looks from the beginning take this share of the time at most, judged by the quickest of so many,
+LOOK_SHARE = 0.05
+LOOKS_JUDGED = 3
+
+#: and come after so many seconds at the latest.
+LOOK_SECONDS_MAX = 60.0
+
+
+class Seen:
+    """Up to which moments all is seen to.
+
+    What comes to be overdue at an earlier moment afterwards (a job that had expired before it was committed, a change
+    by plain SQL) is found by the next look from the beginning.
+    """
+
+    def __init__(self) -> None:
+        self._looks = Budget(LOOK_SHARE, LOOKS_JUDGED, LOOK_SECONDS_MAX)  # from the beginning
+        self._moments = store.SINCE_EVER
+
+    def since(self) -> store.Overdue:
+        """Where to begin the next look."""
+        return store.SINCE_EVER if self._looks.allows() else self._moments
+
+    def looked(self, since: store.Overdue, began: float, found: store.Overdue, until: datetime) -> None:
+        """A look that began at those moments, and itself then (monotonic), found this, up to that moment."""
+        if since is store.SINCE_EVER:
+            self._looks.spent(began, time.monotonic())
+        self._moments = store.Overdue(*(moment or until for moment in found))
+
+
 class Sweeper(DatabaseLoop):
     """The thread that sweeps."""
 
@@ -49,6 +86,7 @@ class Sweeper(DatabaseLoop):
         self._heartbeat = heartbeat
         self._took_back = took_back
         self._forget_at = time.monotonic()
+        self._seen = Seen()
 
     def _sweep(self, connection: sa.Connection) -> float:
         """Take back the jobs of dead workers, and delete jobs that are not to be kept any longer."""
@@ -61,13 +99,13 @@ class Sweeper(DatabaseLoop):
                 store.forget_silent_workers(connection, self._tables, seconds=SILENT_WORKER_SECONDS)
                 if uniqueness.forget_periods(connection, self._tables, limit=PERIODS_MAX) < PERIODS_MAX:
                     self._forget_at = time.monotonic() + FORGET_SECONDS
-        # Nearly always there is nothing to do, and to see that takes one statement instead of eight.
-        with straight(connection):
-            lapsed, expired, prunable = store.upkeep(connection, self._tables)
+        overdue = self._look(connection)
         swept = gone = pruned = 0
-        if lapsed:
+        if overdue.lapsed:
             with connection.begin() as transaction:
-                found = store.sweep(connection, self._tables, limit=SWEEP_JOBS_MAX, actor=self._worker_id)
+                found = store.sweep(
+                    connection, self._tables, limit=SWEEP_JOBS_MAX, actor=self._worker_id, since=overdue.lapsed
+                )
                 if time.monotonic() > sure_until:  # it was frozen on the way to the database
                     transaction.rollback()
                     return self._config.heartbeat_seconds
@@ -82,18 +120,27 @@ class Sweeper(DatabaseLoop):
             self._listeners.tell(told for job in jobs for told in events_of_swept(job))
             swept = found.count
             self._report_swept(found)
-        if expired:
-            gone = self.expire(connection)
-        if prunable:
+        if overdue.expired:
+            gone = self.expire(connection, overdue.expired)
+        if overdue.prunable:
             with connection.begin():
-                pruned = retention.prune_due(connection, self._tables)
+                pruned = retention.prune_due(connection, self._tables, since=overdue.prunable)
         found_all = swept == SWEEP_JOBS_MAX or gone == expiry.EXPIRE_JOBS_MAX or pruned == retention.PRUNE_JOBS_MAX
         return 0.0 if found_all else self._config.sweep_interval
 
-    def expire(self, connection: sa.Connection) -> int:
-        """Let jobs that expired before anybody started them be dead; how many."""
+    def _look(self, connection: sa.Connection) -> store.Overdue:
+        """Nearly always there is nothing to do, and to see that takes one statement instead of eight."""
+        since = self._seen.since()
+        began = time.monotonic()
+        with straight(connection):
+            overdue, until = store.upkeep(connection, self._tables, since)
+        self._seen.looked(since, began, overdue, until)
+        return overdue
+
+    def expire(self, connection: sa.Connection, since: datetime = store.EARLIEST) -> int:
+        """Let jobs that expired before anybody started them, and not before that moment, be dead; how many."""
         with connection.begin():
-            expired = expiry.expire(connection, self._tables, actor=self._worker_id)
+            expired = expiry.expire(connection, self._tables, actor=self._worker_id, since=since)
             jobs = self._stored(connection, expired, EventName.EXPIRED, EventName.DEAD)
         self._listeners.tell(told for job in jobs for told in events_of_expired(job))
         if expired:

@@ -30,8 +30,8 @@ def test_lanes_know_whether_the_last_look_found_anything() -> None:
     lanes = Lanes()
     found_none = [lanes.last_look_found_none]
 
-    for priorities in ([3, 0], [], [0]):
-        lanes.looked(priorities, began=0.0, ended=0.0)
+    for fronts in ([(3, NOON, 7), (0, None, 0)], [], [(0, NOON, 7)]):
+        lanes.looked(fronts, began=0.0, ended=0.0)
         found_none.append(lanes.last_look_found_none)
 
     assert found_none == [True, False, True, False]
@@ -39,20 +39,20 @@ def test_lanes_know_whether_the_last_look_found_anything() -> None:
 
 def test_claims_go_on_behind_the_last_job_of_each_lane_highest_priority_first() -> None:
     lanes = Lanes()
-    lanes.looked([0, 9], began=0.0, ended=0.0)
+    lanes.looked([(0, None, 0), (9, NOON, 4)], began=0.0, ended=0.0)
 
     lanes.claimed([job(5, 9, NOON), job(2, 0, NOON), job(3, 0, NOON + timedelta(seconds=1))])
 
     assert lanes.marks() == [(9, NOON, 5), (0, NOON + timedelta(seconds=1), 3)]
 
 
-def test_a_look_sets_the_lanes_that_it_finds_back_to_their_front_and_forgets_none() -> None:
+def test_a_look_sets_the_lanes_that_it_finds_to_where_they_begin_and_forgets_none() -> None:
     lanes = Lanes()
     lanes.claimed([job(5, 9, NOON), job(2, 0, NOON)])
 
-    lanes.looked([9, -3], began=0.0, ended=0.0)
+    lanes.looked([(9, None, 0), (-3, NOON, 1)], began=0.0, ended=0.0)
 
-    assert lanes.marks() == [(9, None, 0), (0, NOON, 2), (-3, None, 0)]
+    assert lanes.marks() == [(9, None, 0), (0, NOON, 2), (-3, NOON, 1)]
 
 
 def look(lanes: Lanes, *seconds: float) -> float:

@@ -142,7 +142,24 @@ def test_the_lanes_of_a_queue_are_the_priorities_of_its_pending_jobs(pg: PgQueue
     claim_one(pg)  # the one with 5
 
     with pg.begin() as connection:
-        assert store.lanes(connection, pg.tables, queue="default") == ([0, -7], False)
+        fronts, limited = store.lanes(connection, pg.tables, queue="default")
+
+    assert ([priority for priority, _, _ in fronts], limited) == ([0, -7], False)
+
+
+def test_a_lane_begins_right_before_its_first_pending_job_if_that_is_due(pg: PgQueue) -> None:
+    add_one(pg, at=NOON)
+    add_one(pg, at=NOON)
+    later = add_one(pg, at=NOON + timedelta(seconds=1))
+    earlier = add_one(pg, at=NOON)
+    add_one(pg, at=datetime.now(UTC) + timedelta(hours=1), priority=5)
+    claim(pg, limit=2)
+
+    with pg.begin() as connection:
+        fronts, _ = store.lanes(connection, pg.tables, queue="default")
+
+    assert fronts == [(5, None, 0), (0, NOON, earlier - 1)]
+    assert [job.id for job in claim(pg, limit=10, marks=fronts)] == [earlier, later]
 
 
 def test_a_claim_with_marks_takes_what_lies_behind_them_in_these_lanes(pg: PgQueue) -> None:

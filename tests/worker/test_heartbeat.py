@@ -199,7 +199,7 @@ def test_a_sweep_that_was_under_way_when_its_process_froze_is_taken_back(
     frozen: list[bool] = []
     swept: list[store.SweepResult] = []
 
-    def look_late(*arguments: Any) -> tuple[bool, bool, bool]:
+    def look_late(*arguments: Any) -> Any:
         if gate.inside and not frozen:
             over = time.monotonic() + SHORT_LEASE + 0.05
             wait_for(lambda: time.monotonic() > over, "the lease to end")

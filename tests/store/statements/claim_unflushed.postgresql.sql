@@ -1,26 +1,30 @@
-WITH RECURSIVE lane(priority) AS (
-    SELECT 32768 AS priority
+WITH RECURSIVE lane(priority, run_at, id) AS (
+    SELECT 32768 AS priority, CAST(NULL AS TIMESTAMP WITH TIME ZONE) AS run_at, CAST(NULL AS BIGINT) AS id
     UNION ALL
-    SELECT following.priority AS priority
+    SELECT following.priority AS priority, following.run_at AS run_at, following.id AS id
     FROM lane
     JOIN LATERAL (
-        SELECT CAST(pgqueue.jobs.priority AS INTEGER) AS priority
+        SELECT CAST(pgqueue.jobs.priority AS INTEGER) AS priority, pgqueue.jobs.run_at AS run_at, pgqueue.jobs.id AS
+            id
         FROM pgqueue.jobs
         WHERE pgqueue.jobs.queue = %(of_queue)s::VARCHAR
         AND pgqueue.jobs.status = 'pending'
         AND pgqueue.jobs.waits_for IS NULL
         AND pgqueue.jobs.priority < lane.priority
-        ORDER BY pgqueue.jobs.priority DESC
+        ORDER BY pgqueue.jobs.priority DESC, pgqueue.jobs.run_at, pgqueue.jobs.id
         LIMIT 1) AS following ON true)
-SELECT lane.priority, EXISTS (
+SELECT lane.priority, CASE WHEN (lane.run_at <= now()) THEN lane.run_at END AS run_at, CASE WHEN (lane.run_at <=
+    now()) THEN lane.id - 1 ELSE 0 END AS id_before, EXISTS (
     SELECT 1
     FROM pgqueue.limits
     WHERE (pgqueue.limits.scope = 'queue'
         AND pgqueue.limits.name = %(of_queue)s::VARCHAR OR pgqueue.limits.scope = 'task')
     AND (coalesce(pgqueue.limits.concurrency, pgqueue.limits.key_concurrency, pgqueue.limits.rate,
         pgqueue.limits.promote_after) IS NOT NULL OR pgqueue.limits.ordered OR pgqueue.limits.releasing)) AS limited
-FROM lane
-WHERE lane.priority < 32768;
+FROM (
+    SELECT lane.priority AS priority, lane.run_at AS run_at, lane.id AS id
+    FROM lane
+    WHERE lane.priority < 32768) AS lane;
 
 UPDATE pgqueue.jobs
 SET status='running', claimed_by=%(worker)s::VARCHAR, claim_token=%(token)s::UUID, claim_expires_at=now() +

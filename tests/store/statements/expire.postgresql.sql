@@ -10,6 +10,7 @@ WHERE pgqueue.jobs.id = ANY (ARRAY(
         FROM pgqueue.jobs
         WHERE pgqueue.jobs.status = 'pending'
         AND pgqueue.jobs.expires_at <= now()
+        AND pgqueue.jobs.expires_at >= %(since)s::TIMESTAMP WITH TIME ZONE
         ORDER BY pgqueue.jobs.expires_at
         LIMIT %(limit)s::INTEGER
         FOR UPDATE SKIP LOCKED))

@@ -10,6 +10,7 @@ WHERE pgqueue_jobs.id IN (
     FROM pgqueue_jobs
     WHERE pgqueue_jobs.status = 'pending'
     AND pgqueue_jobs.expires_at <= strftime('%Y-%m-%d %H:%M:%f', 'now')
+    AND pgqueue_jobs.expires_at >= substr(?, 1, 19)
     ORDER BY pgqueue_jobs.expires_at
     LIMIT ? OFFSET ?)
 RETURNING id, queue, task, attempt;

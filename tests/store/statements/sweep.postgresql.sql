@@ -16,6 +16,7 @@ WHERE pgqueue.jobs.id = ANY (ARRAY(
         FROM pgqueue.jobs
         WHERE pgqueue.jobs.status = 'running'
         AND pgqueue.jobs.claim_expires_at < now()
+        AND pgqueue.jobs.claim_expires_at >= %(since)s::TIMESTAMP WITH TIME ZONE
         ORDER BY pgqueue.jobs.claim_expires_at
         LIMIT %(limit)s::INTEGER
         FOR UPDATE SKIP LOCKED))

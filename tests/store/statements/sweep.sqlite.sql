@@ -16,6 +16,7 @@ WHERE pgqueue_jobs.id IN (
     FROM pgqueue_jobs
     WHERE pgqueue_jobs.status = 'running'
     AND pgqueue_jobs.claim_expires_at < strftime('%Y-%m-%d %H:%M:%f', 'now')
+    AND pgqueue_jobs.claim_expires_at >= substr(?, 1, 19)
     ORDER BY pgqueue_jobs.claim_expires_at
     LIMIT ? OFFSET ?)
 RETURNING id, queue, task, attempt, status, claimed_by, claimed_at;
