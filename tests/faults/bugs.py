@@ -87,7 +87,7 @@ def completed_before_it_ran(gates: Path) -> None:
 def sweep_without_second_look(gates: Path) -> None:
     """The sweep takes back what it found a moment ago, whatever became of it since. Waits there for a gate."""
 
-    def sweep(connection: sa.Connection, tables: Tables, *, limit: int, actor: str) -> SweepResult:
+    def sweep(connection: sa.Connection, tables: Tables, *, limit: int, actor: str, **_: Any) -> SweepResult:
         expired = "SELECT id FROM pgqueue.jobs WHERE status = 'running' AND claim_expires_at < now()"
         ids = list(connection.execute(sa.text(expired)).scalars())
         if not ids:
