@@ -38,7 +38,7 @@ def main() -> None:
     machine.limit_cpus(options.cpus)
     machine.prefer_this_process()
     versions = installed_peers() if options.peers else {}
-    rows = [row for row in ROWS if not options.only or row.number in options.only]
+    rows = chosen_rows(options.only)
     samples = Samples()
     cluster = Cluster(options.pg)
     try:
@@ -75,7 +75,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peers", action="store_true", help="measure the installed peers as well")
     parser.add_argument("--only", type=_numbers, help="rows to measure, such as 1,2,4 (default: all)")
     parser.add_argument("--systems", type=_names, help="systems to measure, such as pgqueue,limit (default: all)")
-    parser.add_argument("--repeat", type=int, help="repetitions (default: 5, with --quick 3)")
+    parser.add_argument(
+        "--repeat",
+        type=int,
+        help="repetitions (default: 5, with --quick 3; of rows that take minutes 1, unless --only names them)",
+    )
     parser.add_argument("--quick", action="store_true", help="less work per repetition, and fewer of them")
     parser.add_argument("--jobs", type=int, help="jobs per backlog (default: 50,000, with --quick 20,000)")
     parser.add_argument("--pg", help="major version of the PostgreSQL to start (default: 18 if there is one)")
@@ -94,6 +98,14 @@ def parse_arguments() -> argparse.Namespace:
     if options.jobs:
         options.scale = dataclasses.replace(options.scale, jobs=options.jobs)
     return options
+
+
+def chosen_rows(only: list[int] | None) -> list[Row]:
+    """With those whose samples they judge."""
+    if only is None:
+        return list(ROWS)
+    judged = {row.samples_of for row in ROWS if row.number in only}
+    return [row for row in ROWS if row.number in only or row.number in judged]
 
 
 def _numbers(text: str) -> list[int]:
@@ -125,7 +137,7 @@ def measure(
             if row.samples_of is not None:
                 continue
             systems = [SYSTEMS[name] for name in row.systems if name in wanted]
-            repeat = min(options.repeat, row.repeat or options.repeat)
+            repeat = options.repeat if options.only else min(options.repeat, row.repeat or options.repeat)
             task = progress.add_task(f"{row.number}. {row.title}", total=repeat * len(systems))
             for repetition in range(repeat):
                 # Each system follows each other one in turn.

@@ -39,6 +39,14 @@ def test_the_benchmarks_measure_and_keep_every_sample(tmp_path: Path, pg_version
     assert "| 13 | pgqueue |" in done.stdout
 
 
+def test_a_row_that_judges_the_samples_of_another_is_measured_with_it(systems: ModuleType) -> None:
+    from benchmarks.__main__ import chosen_rows
+
+    assert [row.number for row in chosen_rows([13])] == [1, 13]
+    assert [row.number for row in chosen_rows([2])] == [2]
+    assert [row.number for row in chosen_rows(None)] == list(range(1, 19))
+
+
 @pytest.mark.parametrize(
     ("numbers", "complaint"),
     [([0, 1, 1, 2], "0 never ran and 1 ran more than once"), ([0, 2], "1 never ran and 0 ran more than once")],
