@@ -167,7 +167,7 @@ def insert_jobs(
     ids: list[int] = []
     if isinstance(payloads_json, JoinedPayloads):
         for array in payloads_json.arrays:
-            ids.extend(connection.execute(insert, {**parameters, "payloads": array}).scalars())
+            ids.extend(row[0] for row in dialect.execute(connection, insert, {**parameters, "payloads": array}))
         return ids
     for chunk in _chunks(payloads_json):
         parameters["payloads"] = f"[{','.join(chunk)}]"
@@ -175,7 +175,7 @@ def insert_jobs(
             of_chunk = keys[len(ids) : len(ids) + len(chunk)]
             rows = [dict(zip(("n", *LIMIT_KEYS), (n, *of_job), strict=True)) for n, of_job in enumerate(of_chunk)]
             parameters["keys"] = json.dumps(rows)
-        ids.extend(connection.execute(insert, parameters).scalars())
+        ids.extend(row[0] for row in dialect.execute(connection, insert, parameters))
     return ids
 
 
@@ -196,7 +196,7 @@ def insert_keyed_jobs(
         for n, job in enumerate(wanted)
     ]
     common = {name: parameters[name] for name in names if name != "payload"}
-    inserted = connection.execute(insert, {**common, "rows": json.dumps(rows)})
+    inserted = connection.execute(insert, {**common, "rows": json.dumps(rows)}).all()
     return {row.unique_key: row.id for row in inserted}
 
 
@@ -1000,9 +1000,10 @@ def _upkeep(tables: Tables) -> sa.Select[Any]:
         .order_by(moment)
         .limit(sa.literal_column("1"))
         .scalar_subquery()
+        .label(name)
         for name, (moment, condition) in looks.items()
     ]
-    return sa.select(*earliest, now())
+    return sa.select(*earliest, now().label("until"))
 
 
 def is_since(moment: sa.Column[Any], name: str = "since") -> sa.ColumnElement[bool]:

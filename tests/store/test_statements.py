@@ -93,6 +93,7 @@ HOT: dict[str, Callable[[sa.Connection, PgQueue, Claims], Any]] = {
     "prune_due": lambda connection, pgq, claims: retention.prune_due(connection, pgq.tables, limit=100),
     "results": lambda connection, pgq, claims: results.look(connection, pgq.tables, [1, 2]),
     "sweep": lambda connection, pgq, claims: store.sweep(connection, pgq.tables, limit=100, actor="w"),
+    "upkeep": lambda connection, pgq, claims: store.upkeep(connection, pgq.tables),
     "release_claim": lambda connection, pgq, claims: store.release_claim(
         connection, pgq.tables, uuid.uuid4(), actor="w"
     ),
@@ -278,6 +279,7 @@ INDEXES: dict[str, list[set[str]]] = {
     "prune_due": [{"jobs_prune"}],
     "results": [{"pk_jobs"}],
     "sweep": [{"jobs_lease", "pk_jobs"}],
+    "upkeep": [{"jobs_lease", "jobs_expiry", "jobs_prune"}],
     "release_claim": [{"jobs_lease"}],
     "others_may_be_free": [{"jobs_claim"}],
 }
@@ -377,6 +379,7 @@ SQLITE_PLANS: dict[str, list[str]] = {
     "prune_due": ["INDEX pgqueue_jobs_prune"],
     "results": ["INTEGER PRIMARY KEY"],
     "sweep": ["INTEGER PRIMARY KEY", "INDEX pgqueue_jobs_lease"],
+    "upkeep": [f"INDEX pgqueue_jobs_{index}" for index in ("lease", "expiry", "prune")],
     "release_claim": ["INDEX pgqueue_jobs_lease"],
     "others_may_be_free": ["INDEX pgqueue_jobs_claim"],
 }
