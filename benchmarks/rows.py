@@ -83,7 +83,7 @@ class Row:
     systems: tuple[str, ...]
     measure: Measure
     claims: tuple[Claim, ...] = ()
-    repeat: int | None = None  #: at most so many repetitions unless the row is asked for, where one takes long
+    repeat: int | None = None  #: at most so many repetitions unless asked for more, where one takes long
     samples_of: int | None = None  #: another row; its samples are judged, and none are taken
     lower_is_better: bool = False
     plotted: bool = False  #: a panel of bars by system
