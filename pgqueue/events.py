@@ -40,10 +40,10 @@ CHARACTERS_PER_EVENT = 4_096
 #: How long the end of a worker, or of the process, waits for listeners.
 DELIVER_SECONDS = 2.0
 
-#: Between two events about the progress of one job, except for the last step.
+#: Between two events about the progress of one attempt, except for the last step.
 PROGRESS_SECONDS = 1.0
 
-#: Jobs whose progress is remembered for that.
+#: Attempts whose progress is remembered for that.
 PROGRESS_JOBS_MAX = 10_000
 
 

@@ -1,4 +1,4 @@
-"""Where the claims of one queue go on: for each priority, a lane, the mark of the last job claimed.
+"""Where the claims of one queue go on: for each priority, a lane, a mark: that of the last job claimed.
 
 A claimed job leaves an entry behind in the index that claims go by, which PostgreSQL cannot remove as long as anybody
 holds a snapshot from before. Claims that always began at the front would step over all of them, and get slower by the
@@ -58,11 +58,15 @@ class Lanes:
         return time.monotonic() >= self._look_wanted_at
 
     def looked(self, fronts: Iterable[Lane], began: float, ended: float) -> None:
-        """Jobs are pending behind these marks, none before; to find that out took from `began` to `ended`."""
+        """Jobs are pending behind these marks, none before, and where a mark has no time none is due; to find that out
+        took from `began` to `ended`."""
         self.last_look_found_none = True
         for priority, run_at, job_id in fronts:
-            self._marks[priority] = (run_at, job_id)
             self.last_look_found_none = False
+            if run_at is None:  # nothing is due: whatever was, lies before the mark and is claimed
+                self._marks.setdefault(priority, (None, job_id))
+            else:
+                self._marks[priority] = (run_at, job_id)
         self._look_wanted_at = ended + max(self._looks.spent(began, ended), LOOK_SECONDS_MIN)
 
     def claimed(self, jobs: Sequence[ClaimedJob]) -> None:

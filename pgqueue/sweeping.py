@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import sqlalchemy as sa
 
@@ -38,7 +38,6 @@ FORGET_SECONDS = 300.0
 #: Periods of uniqueness that are over, deleted by one step of the sweep at most.
 PERIODS_MAX = 5_000
 
-
 #: Looks from the beginning take this share of the time at most, judged by the quickest of so many,
 LOOK_SHARE = 0.05
 LOOKS_JUDGED = 3
@@ -46,12 +45,16 @@ LOOKS_JUDGED = 3
 #: and come after so many seconds at the latest.
 LOOK_SECONDS_MAX = 60.0
 
+#: The others begin so long before the end of the last one: for what was being committed then.
+MARGIN = timedelta(seconds=5)
+
 
 class Seen:
-    """Up to which moments all is seen to.
+    """Up to which moments all is seen to, as far as a worker's looks can know.
 
-    What comes to be overdue at an earlier moment afterwards (a job that had expired before it was committed, a change
-    by plain SQL) is found by the next look from the beginning.
+    What comes to be overdue at an earlier moment afterwards is found by the next look from the beginning: a job that
+    expired while an attempt ran which then failed, what a transaction of more than MARGIN commits, a change by plain
+    SQL.
     """
 
     def __init__(self) -> None:
@@ -66,7 +69,8 @@ class Seen:
         """A look that began at those moments, and itself then (monotonic), found this, up to that moment."""
         if since is store.SINCE_EVER:
             self._looks.spent(began, time.monotonic())
-        self._moments = store.Overdue(*(moment or until for moment in found))
+        seen = until - MARGIN
+        self._moments = store.Overdue(*(seen if moment is None else min(moment, seen) for moment in found))
 
 
 class Sweeper(DatabaseLoop):

@@ -50,9 +50,19 @@ def test_a_look_sets_the_lanes_that_it_finds_to_where_they_begin_and_forgets_non
     lanes = Lanes()
     lanes.claimed([job(5, 9, NOON), job(2, 0, NOON)])
 
-    lanes.looked([(9, None, 0), (-3, NOON, 1)], began=0.0, ended=0.0)
+    lanes.looked([(9, NOON, 3), (-3, NOON, 1)], began=0.0, ended=0.0)
 
-    assert lanes.marks() == [(9, None, 0), (0, NOON, 2), (-3, NOON, 1)]
+    assert lanes.marks() == [(9, NOON, 3), (0, NOON, 2), (-3, NOON, 1)]
+
+
+def test_a_look_leaves_the_mark_of_a_lane_in_which_nothing_is_due() -> None:
+    """Or each claim until something is would step over all that was claimed."""
+    lanes = Lanes()
+    lanes.claimed([job(5, 9, NOON)])
+
+    lanes.looked([(9, None, 0), (0, None, 0)], began=0.0, ended=0.0)
+
+    assert lanes.marks() == [(9, NOON, 5), (0, None, 0)]
 
 
 def look(lanes: Lanes, *seconds: float) -> float:
