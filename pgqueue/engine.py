@@ -27,6 +27,9 @@ SQLITE_TURN_SECONDS = 0.05
 #: Begins a transaction that may write, with the write lock in its hands.
 _SQLITE_BEGIN = "BEGIN IMMEDIATE"
 
+#: Refused at once, without any wait, while somebody writes to a file that has no such log yet.
+_SQLITE_KEEP_LOG = "PRAGMA journal_mode = WAL"
+
 #: The SQLSTATE of a statement that waited for a lock as long as it may.
 LOCK_NOT_AVAILABLE = "55P03"
 
@@ -201,7 +204,7 @@ def prepare_sqlite(engine: sa.Engine) -> None:
         cursor = dbapi_connection.cursor()
         cursor.execute(f"PRAGMA busy_timeout = {int(SQLITE_BUSY_SECONDS * 1000)}")
         try:
-            cursor.execute("PRAGMA journal_mode = WAL")
+            cursor.execute(_SQLITE_KEEP_LOG)
             cursor.execute("PRAGMA synchronous = NORMAL")
         except Exception as error:
             # A read-only file can still be read; a write will say what is wrong.
@@ -228,7 +231,7 @@ class _SqliteCursor(sqlite3.Cursor):
     """
 
     def execute(self, sql: str, parameters: Any = ()) -> Self:
-        if sql != _SQLITE_BEGIN:
+        if sql not in (_SQLITE_BEGIN, _SQLITE_KEEP_LOG):
             return super().execute(sql, parameters)
         give_up_at = time.monotonic() + SQLITE_BUSY_SECONDS
         self._wait_at_most(SQLITE_TURN_SECONDS)
@@ -239,6 +242,8 @@ class _SqliteCursor(sqlite3.Cursor):
                 except sqlite3.OperationalError as error:
                     if not error.sqlite_errorname.startswith("SQLITE_BUSY") or time.monotonic() > give_up_at:
                         raise
+                    if sql == _SQLITE_KEEP_LOG:
+                        time.sleep(SQLITE_TURN_SECONDS)
         finally:
             self._wait_at_most(SQLITE_BUSY_SECONDS)
 

@@ -6,6 +6,8 @@ import random
 import sqlite3
 import threading
 from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -106,6 +108,33 @@ def test_who_has_waited_long_to_write_looks_for_its_turn_as_often_as_who_has_jus
         waiting.start()
         wait_for(lambda: looks >= 10, "the other to look again and again", timeout=20)
     waiting.join()
+
+
+def test_a_new_file_is_opened_while_another_program_writes_to_it(tmp_path: Path) -> None:
+    """SQLite refuses at once to keep a write-ahead log from then on, however long it is told to wait."""
+    asked, opened = 0, []
+
+    def count(statement: str) -> None:
+        nonlocal asked
+        asked += statement == "PRAGMA journal_mode = WAL"
+
+    opener = engine.make_engine(sa.make_url(f"sqlite:///{tmp_path}/new.db"))
+    sa.event.listen(opener, "connect", lambda connection, _: connection.set_trace_callback(count), insert=True)
+
+    def open_it() -> None:
+        with opener.connect() as connection:
+            opened.append(connection.exec_driver_sql("PRAGMA journal_mode").scalar())
+
+    opening = threading.Thread(target=open_it)
+    with closing(sqlite3.connect(tmp_path / "new.db", isolation_level=None)) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        opening.start()
+        wait_for(lambda: asked >= 2 or not opening.is_alive(), "the other to ask again")
+        writer.execute("COMMIT")
+        opening.join()
+    opener.dispose()
+
+    assert opened == ["wal"]
 
 
 def test_a_file_that_another_program_keeps_locked_is_named_and_nothing_is_written(
