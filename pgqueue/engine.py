@@ -27,7 +27,7 @@ SQLITE_TURN_SECONDS = 0.05
 #: Begins a transaction that may write, with the write lock in its hands.
 _SQLITE_BEGIN = "BEGIN IMMEDIATE"
 
-#: Refused at once, without any wait, while somebody writes to a file that has no such log yet.
+#: Keeps a write-ahead log from now on. Refused at once while somebody writes to a file that has none yet.
 _SQLITE_KEEP_LOG = "PRAGMA journal_mode = WAL"
 
 #: The SQLSTATE of a statement that waited for a lock as long as it may.
@@ -237,13 +237,14 @@ class _SqliteCursor(sqlite3.Cursor):
         self._wait_at_most(SQLITE_TURN_SECONDS)
         try:
             while True:
+                turn_ends_at = time.monotonic() + SQLITE_TURN_SECONDS
                 try:
                     return super().execute(sql)
                 except sqlite3.OperationalError as error:
                     if not error.sqlite_errorname.startswith("SQLITE_BUSY") or time.monotonic() > give_up_at:
                         raise
-                    if sql == _SQLITE_KEEP_LOG:
-                        time.sleep(SQLITE_TURN_SECONDS)
+                    # Some things SQLite refuses at once, however long it is told to wait.
+                    time.sleep(max(turn_ends_at - time.monotonic(), 0.0))
         finally:
             self._wait_at_most(SQLITE_BUSY_SECONDS)
 
