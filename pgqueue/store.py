@@ -989,19 +989,19 @@ def upkeep(connection: sa.Connection, tables: Tables, since: Overdue = SINCE_EVE
 def _upkeep(tables: Tables) -> sa.Select[Any]:
     """By the earliest moment in an index, because the plan of an EXISTS may hope to meet one early in the table."""
     jobs = tables.jobs
-    looks = {
+    looks: dict[str, tuple[Any, ...]] = {
         "lapsed": (jobs.c.claim_expires_at, jobs.c.status == RUNNING),
-        "expired": (jobs.c.expires_at, sa.and_(jobs.c.expires_at.is_not(None), jobs.c.status == PENDING)),
-        "prunable": (jobs.c.prune_at, jobs.c.prune_at.is_not(None)),
+        "expired": (jobs.c.expires_at, jobs.c.status == PENDING),
+        "prunable": (jobs.c.prune_at,),
     }
     earliest = [
         sa.select(moment)
-        .where(condition, moment < now(), is_since(moment, f"since_{name}"))
+        .where(*conditions, moment < now(), is_since(moment, f"since_{name}"))
         .order_by(moment)
         .limit(sa.literal_column("1"))
         .scalar_subquery()
         .label(name)
-        for name, (moment, condition) in looks.items()
+        for name, (moment, *conditions) in looks.items()
     ]
     return sa.select(*earliest, now().label("until"))
 

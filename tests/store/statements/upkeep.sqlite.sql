@@ -8,16 +8,14 @@ SELECT (
     LIMIT 1 OFFSET ?) AS lapsed, (
     SELECT pgqueue_jobs.expires_at
     FROM pgqueue_jobs
-    WHERE pgqueue_jobs.expires_at IS NOT NULL
-    AND pgqueue_jobs.status = 'pending'
+    WHERE pgqueue_jobs.status = 'pending'
     AND pgqueue_jobs.expires_at < strftime('%Y-%m-%d %H:%M:%f', 'now')
     AND pgqueue_jobs.expires_at >= substr(?, 1, 19)
     ORDER BY pgqueue_jobs.expires_at
     LIMIT 1 OFFSET ?) AS expired, (
     SELECT pgqueue_jobs.prune_at
     FROM pgqueue_jobs
-    WHERE pgqueue_jobs.prune_at IS NOT NULL
-    AND pgqueue_jobs.prune_at < strftime('%Y-%m-%d %H:%M:%f', 'now')
+    WHERE pgqueue_jobs.prune_at < strftime('%Y-%m-%d %H:%M:%f', 'now')
     AND pgqueue_jobs.prune_at >= substr(?, 1, 19)
     ORDER BY pgqueue_jobs.prune_at
     LIMIT 1 OFFSET ?) AS prunable, strftime('%Y-%m-%d %H:%M:%f', 'now') AS until;
