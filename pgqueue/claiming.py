@@ -145,7 +145,7 @@ class Claimer(DatabaseLoop):
                 tasks=self._task_names,
                 seconds=self._config.lease * SILENT_LEASES,
             )
-        slots.asked_others(free=free, seconds=time.monotonic() - began)
+        slots.asked_others(free=free, began=began)
         if free:
             self._give_back(
                 slots, slots.take_back(overdue), OVERDUE, "queue %s: gave back %d jobs that waited behind long ones"

@@ -184,10 +184,9 @@ class Slots:
         """Whether to find out if other workers may be free. They are not where a claim just found all it asked for."""
         return self._asks.allows() and time.monotonic() >= self.found_all_at + OVERDUE_SECONDS
 
-    def asked_others(self, *, free: bool, seconds: float) -> None:
-        """The answer came after so many seconds."""
-        answered = time.monotonic()
-        self._asks.spent(answered - seconds, answered)
+    def asked_others(self, *, free: bool, began: float) -> None:
+        """The answer to what was asked then (monotonic)."""
+        self._asks.spent(began, time.monotonic())
         if free:
             self._asks.allow()
 
